@@ -1,0 +1,35 @@
+# What people and CI run alike. `bash setup.sh --dev` makes the environment; SKIP_SETUP=1 uses python3 as it is.
+
+ifeq ($(SKIP_SETUP),1)
+bin :=
+else
+bin := .venv/bin/
+endif
+python := $(if $(bin),$(bin)python,$(or $(PYTHON),python3))
+shell_files := $(wildcard *.sh tests/*.sh benchmarks/*.sh) .ci/run
+shfmt := $(bin)shfmt --indent 2
+
+.PHONY: help check fix test setup
+
+help:
+	@echo "make check   ruff, mypy, shellcheck, shfmt: report, change nothing (about a minute)"
+	@echo "make fix     what ruff and shfmt can mend by themselves"
+	@echo "make test    the tests that need no GPU (under 10 minutes on two cores)"
+
+check: setup
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+	$(bin)shellcheck --external-sources $(shell_files)
+	$(shfmt) --diff $(shell_files)
+
+fix: setup
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
+	$(shfmt) --write $(shell_files)
+
+test:
+	bash tests/run.sh
+
+setup:
+	@bash setup.sh --dev

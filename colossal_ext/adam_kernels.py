@@ -1,0 +1,359 @@
+"""Adam without a compiler: torch's fused kernels and one Triton kernel in place of ColossalAI's nvcc and g++ builds."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from colossalai.kernel.extensions.base_extension import _Extension
+from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader, KernelLoader
+from colossalai.nn.optimizer import HybridAdam
+from colossalai.zero.gemini import gemini_optimizer
+
+# Elements that a thread upcasts at a time: 256 KiB of fp32, which stay in its second-level cache.
+BLOCK_NUMEL_PER_THREAD = 1 << 16
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """One Adam update, without its tensors.
+
+    Attributes:
+        step: the number of this update, from 1.
+        decoupled: AdamW's weight decay if true, an L2 term in the gradient if false.
+        div_scale: gradients are divided by it (loss scale x clipping) where it is positive; ColossalAI's -1 is "off".
+    """
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool = True
+    bias_correction: bool = True
+    div_scale: float = -1.0
+
+    @property
+    def scales_gradients(self) -> bool:
+        return self.div_scale > 0 and self.div_scale != 1
+
+
+@dataclass
+class AdamTensors:
+    """Parallel lists: entry i of each belongs to parameter i, all of one shape and device."""
+
+    grads: list[torch.Tensor]
+    params: list[torch.Tensor]
+    exp_avgs: list[torch.Tensor]
+    exp_avg_sqs: list[torch.Tensor]
+
+    @classmethod
+    def empty(cls) -> AdamTensors:
+        return cls([], [], [], [])
+
+    def append(self, tensors: Sequence[torch.Tensor]) -> None:
+        for column, tensor in zip(self.columns, tensors, strict=True):
+            column.append(tensor)
+
+    @property
+    def columns(self) -> tuple[list[torch.Tensor], ...]:
+        return self.grads, self.params, self.exp_avgs, self.exp_avg_sqs
+
+    def rows(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        return zip(*self.columns, strict=True)
+
+    def split(self, wanted: Callable[[tuple[torch.Tensor, ...]], bool]) -> tuple[AdamTensors, AdamTensors]:
+        """Return the rows that are wanted, and the others."""
+        parts = AdamTensors.empty(), AdamTensors.empty()
+        for row in self.rows():
+            parts[0 if wanted(row) else 1].append(row)
+        return parts
+
+
+def plain_fp32(row: tuple[torch.Tensor, ...]) -> bool:
+    """Return whether torch's kernel can take the row as it is: it reads memory in order, whatever the strides."""
+    return all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in row)
+
+
+def torch_fused_adam(tensors: AdamTensors, settings: AdamSettings, grad_scale: torch.Tensor | None = None) -> None:
+    """Update fp32 parameters in place with torch's fused multi-tensor kernel: a few launches for any number of them.
+
+    With `grad_scale` the kernel writes the divided gradients back into `tensors.grads`.
+    """
+    if not tensors.params:
+        return
+    update = torch._fused_adamw_ if settings.decoupled else torch._fused_adam_
+    # beta ** inf is 0: the kernel's own bias correction becomes a division by one.
+    step = float(settings.step) if settings.bias_correction else math.inf
+    device = tensors.params[0].device
+    update(
+        tensors.params,
+        tensors.grads,
+        tensors.exp_avgs,
+        tensors.exp_avg_sqs,
+        [],
+        [torch.full((), step, device=device)] * len(tensors.params),
+        lr=settings.lr,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=grad_scale,
+    )
+
+
+class HostAdam:
+    """Adam for tensors on the host, in any mix of fp32, bf16 and fp16.
+
+    All-fp32 rows go to torch's kernel as they are; the others in blocks, upcast into buffers that are allocated once.
+    Gradients are never modified.
+    """
+
+    def __init__(self) -> None:
+        self._block_numel = BLOCK_NUMEL_PER_THREAD * torch.get_num_threads()
+        self._buffers: list[torch.Tensor] = []
+
+    def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
+        """Update parameters and states in place."""
+        direct, rest = tensors.split(lambda row: plain_fp32(row) and not settings.scales_gradients)
+        torch_fused_adam(direct, settings)
+        scale = torch.tensor(settings.div_scale) if settings.scales_gradients else None
+        for row in rest.rows():
+            for block in zip(*(flat(tensor).split(self._block_numel) for tensor in row), strict=True):
+                self._update_block(block, settings, scale)
+
+    def _update_block(
+        self, block: tuple[torch.Tensor, ...], settings: AdamSettings, scale: torch.Tensor | None
+    ) -> None:
+        work = [self._upcast(column, tensor, scale is not None) for column, tensor in enumerate(block)]
+        torch_fused_adam(AdamTensors(*([tensor] for tensor in work)), settings, scale)
+        for original, updated in zip(block[1:], work[1:], strict=True):
+            if updated is not original:
+                original.copy_(updated)
+
+    def _upcast(self, column: int, tensor: torch.Tensor, gradient_is_written: bool) -> torch.Tensor:
+        if tensor.dtype is torch.float32 and not (column == 0 and gradient_is_written):
+            return tensor
+        if not self._buffers:
+            self._buffers = [torch.empty(self._block_numel) for _ in range(4)]
+        return self._buffers[column][: tensor.numel()].copy_(tensor)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a 1-D view.
+
+    Raises:
+        ValueError: the tensor is not contiguous, so that a copy would be updated instead.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"Adam needs contiguous tensors, got shape {tuple(tensor.shape)} strides {tensor.stride()}")
+    return tensor.view(-1)
+
+
+class CPUAdamOptimizer:
+    """The class that ColossalAI's CPUAdam and HybridAdam expect of a CPU kernel, on `HostAdam`."""
+
+    def __init__(
+        self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool
+    ) -> None:
+        self._decoupled = adamw_mode
+        self._adam = HostAdam()
+
+    def step(
+        self,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        bias_correction: bool,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        div_scale: float = -1.0,
+    ) -> None:
+        """Update one parameter and its states in place."""
+        settings = AdamSettings(
+            step, lr, beta1, beta2, eps, weight_decay, self._decoupled, bool(bias_correction), div_scale
+        )
+        self.update(AdamTensors([grad], [param], [exp_avg], [exp_avg_sq]), settings)
+
+    def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
+        """Update many parameters at once."""
+        self._adam.update(tensors, settings)
+
+
+def multi_tensor_adam(
+    chunk_size: int,
+    overflow_buf: torch.Tensor,
+    tensor_lists: Sequence[list[torch.Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    div_scale: float = -1.0,
+) -> None:
+    """Update CUDA parameters in place: the function that HybridAdam and FusedAdam expect of a CUDA kernel.
+
+    Args:
+        chunk_size, overflow_buf: unused, as in ColossalAI's own kernel.
+        tensor_lists: gradients, parameters, first moments, second moments; fp32, bf16 or fp16 each.
+        mode: 1 for AdamW, 0 for Adam with an L2 term.
+        div_scale: divisor of the gradients; not positive: none.
+    """
+    settings = AdamSettings(
+        step, lr, beta1, beta2, eps, weight_decay, mode == 1, bool(bias_correction), float(div_scale)
+    )
+    # Torch's kernel writes divided gradients back; ours does not.
+    direct, rest = AdamTensors(*tensor_lists).split(lambda row: plain_fp32(row) and not settings.scales_gradients)
+    torch_fused_adam(direct, settings)
+    if rest.params:
+        from . import triton_adam  # CPU-only torch has no Triton
+
+        triton_adam.update(rest, settings)
+
+
+class _CompileFreeExtension(_Extension):
+    """A kernel that needs no building."""
+
+    def __init__(self) -> None:
+        super().__init__(type(self).__name__, support_aot=False, support_jit=False, priority=10)
+
+    def is_available(self) -> bool:
+        return True
+
+    def assert_compatible(self) -> None: ...
+
+    def build_aot(self) -> None:
+        raise NotImplementedError("nothing to build")
+
+    def build_jit(self) -> None:
+        raise NotImplementedError("nothing to build")
+
+
+class TorchCpuAdamExtension(_CompileFreeExtension):
+    """`CPUAdamLoader`'s kernel."""
+
+    def load(self) -> SimpleNamespace:
+        return SimpleNamespace(CPUAdamOptimizer=CPUAdamOptimizer)
+
+
+class TritonFusedAdamExtension(_CompileFreeExtension):
+    """`FusedOptimizerLoader`'s kernel, Adam only."""
+
+    def load(self) -> SimpleNamespace:
+        return SimpleNamespace(multi_tensor_adam=multi_tensor_adam)
+
+
+def register_adam_kernels() -> None:
+    """Make ColossalAI's Adam optimizers use our kernels, and Gemini accept `CompileFreeAdam`. Repeating it is fine.
+
+    The stock extensions leave the registry: beside ours each would be asked whether it fits this machine's nvcc, and
+    every load would warn of more than one kernel.
+    """
+    _register(CPUAdamLoader, TorchCpuAdamExtension)
+    _register(FusedOptimizerLoader, TritonFusedAdamExtension)
+    gemini_optimizer._AVAIL_OPTIM_LIST.add(CompileFreeAdam)
+
+
+def _register(loader: type[KernelLoader], extension: type[_Extension]) -> None:
+    loader.REGISTRY.clear()
+    loader.register_extension(extension)
+
+
+class CompileFreeAdam(HybridAdam):
+    """HybridAdam on our kernels: parameters on the GPU or the host, gradients in fp32, bf16 or fp16.
+
+    Beside the missing build it differs from HybridAdam in its bf16 branch for the host (hybrid_adam.py:121-138 of
+    0.5.0), which is five passes of torch operations, ignores `div_scale`, so that Gemini does not clip there, and
+    ignores `bias_correction=False`. The state dict is HybridAdam's.
+    """
+
+    def __init__(self, model_params: Any, *args: Any, **kwargs: Any) -> None:
+        register_adam_kernels()
+        super().__init__(model_params, *args, **kwargs)
+        if self.offloader is not None:
+            raise ValueError("nvme_offload_fraction: CompileFreeAdam keeps its states in memory")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, div_scale: float = -1.0) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes and returns the loss.
+            div_scale: gradients are divided by it where it is positive.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for (on_host, step), tensors in self._batches(group).items():
+                settings = self._settings(group, step, div_scale)
+                (self._update_host if on_host else self._update_device)(tensors, settings)
+        return loss
+
+    def _batches(self, group: dict[str, Any]) -> dict[tuple[bool, int], AdamTensors]:
+        """Return the group's tensors by (on the host?, step number)."""
+        batches: dict[tuple[bool, int], AdamTensors] = defaultdict(AdamTensors.empty)
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self._advanced_state(param)
+            key = (param.device.type == "cpu", int(state["step"]))
+            batches[key].append((param.grad.data, param.data, state["exp_avg"], state["exp_avg_sq"]))
+        return batches
+
+    def _advanced_state(self, param: torch.Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+        state["step"] += 1
+        return state
+
+    def _settings(self, group: dict[str, Any], step: int, div_scale: float) -> AdamSettings:
+        beta1, beta2 = group["betas"]
+        return AdamSettings(
+            step,
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            decoupled=self.adamw_mode,
+            bias_correction=group["bias_correction"],
+            div_scale=float(div_scale),
+        )
+
+    def _update_host(self, tensors: AdamTensors, settings: AdamSettings) -> None:
+        self.cpu_adam_op.update(tensors, settings)
+
+    def _update_device(self, tensors: AdamTensors, settings: AdamSettings) -> None:
+        self.gpu_adam_op(
+            0,
+            self._dummy_overflow_buf,
+            list(tensors.columns),
+            settings.lr,
+            settings.beta1,
+            settings.beta2,
+            settings.eps,
+            settings.step,
+            int(settings.decoupled),
+            int(settings.bias_correction),
+            settings.weight_decay,
+            settings.div_scale,
+        )

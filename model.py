@@ -1,0 +1,264 @@
+"""The model: its configuration, tokenizer, weights and loss, and what is applied to it before boosting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PretrainedConfig
+
+from args import ConfigError, TrainArgs
+from opt_sizes import OPT_SHAPES, OPTShape
+from planner import ModelShape, model_shape
+
+IGNORED = -100
+PUBLISHED_SIZES = tuple(size for size in OPT_SHAPES if size not in ("tiny", "175b"))
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What will be built: a configuration, and the folder or hub id of its weights (None: random)."""
+
+    name: str
+    config: PretrainedConfig
+    weights: str | None
+
+    @property
+    def pretrained(self) -> bool:
+        return self.weights is not None
+
+
+def opt_config(shape: OPTShape) -> OPTConfig:
+    """Return the transformers configuration of an OPT shape."""
+    return OPTConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        ffn_dim=shape.ffn_dim,
+        max_position_embeddings=shape.max_positions,
+        word_embed_proj_dim=shape.embed_dim,
+        do_layer_norm_before=shape.pre_norm,
+        dropout=shape.dropout,
+        attention_dropout=0.0,
+    )
+
+
+def shape_of(source: ModelSource) -> ModelShape:
+    """Return the numbers that the planner and the FLOP count need, of OPT or any decoder with the usual names."""
+    config = source.config
+    embed_dim = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    shape = OPTShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        learning_rate=math.nan,
+        word_embed_proj_dim=None if embed_dim == config.hidden_size else embed_dim,
+        pre_norm=getattr(config, "do_layer_norm_before", True),
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+    )
+    with torch.device("meta"):
+        num_params = AutoModelForCausalLM.from_config(config).num_parameters()
+    return model_shape(shape, num_params)
+
+
+def find_model(args: TrainArgs) -> ModelSource:
+    """Return the configuration and where the weights are; loads no weight.
+
+    Raises:
+        ConfigError: unknown model, unreadable folder, no weights in it, hub out of reach, too few layers or heads
+            for the parallel layout.
+    """
+    size = args.model_size
+    random = args.from_scratch or size == "tiny"
+    if size and random:
+        return ModelSource(size, _trainable(opt_config(OPT_SHAPES[size]), args), None)
+    if size and size not in PUBLISHED_SIZES:
+        raise ConfigError(f"--model_name_or_path {size}: its weights are not public; add --from_scratch")
+    name = f"facebook/opt-{size}" if size else args.model_name_or_path
+    config = _trainable(_load_config(name, args), args)
+    return ModelSource(size or args.model_slug, config, None if random else _weights(name))
+
+
+def _load_config(name: str, args: TrainArgs) -> PretrainedConfig:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ConfigError(f"--model_name_or_path {name}: no such folder, and not a size ({', '.join(OPT_SHAPES)})")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"--model_name_or_path {name}: has no config.json; give a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {name}: cannot be had from the hub ({_first_line(error)}); "
+            f"give a local folder (--model_name_or_path DIR), or one of the sizes {', '.join(OPT_SHAPES)} "
+            "with --from_scratch"
+        ) from None
+
+
+def _weights(name: str) -> str:
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ConfigError(
+            f"--model_name_or_path {name}: holds no *.safetensors or pytorch_model*.bin; add --from_scratch"
+        )
+    return str(folder) if folder.is_dir() else name
+
+
+def _trainable(config: PretrainedConfig, args: TrainArgs) -> PretrainedConfig:
+    # A cache built in every training forward costs memory and makes torch.compile retrace each layer.
+    config.use_cache = False
+    if args.dropout is not None:
+        config.dropout = args.dropout
+    return config
+
+
+def layout_problems(source: ModelSource, args: TrainArgs) -> list[str]:
+    """Return what in the model's shape does not divide by the parallel layout."""
+    config, found = source.config, list[str]()
+    if args.plugin != "hybrid_parallel" or max(args.tp, args.pp) == 1:
+        return found
+    if config.model_type != "opt":
+        found.append(f"--plugin hybrid_parallel: --tp and --pp above 1 split OPT only, got {config.model_type}")
+        return found
+    for what, number in (
+        ("attention heads", config.num_attention_heads),
+        ("feed-forward width", config.ffn_dim),
+        ("vocabulary", config.vocab_size),
+    ):
+        if number % args.tp:
+            found.append(f"--tp {args.tp}: must divide {source.name}'s {what}, {number}")
+    num_chunks = args.pp * (2 if args.pp_schedule == "interleaved" else 1)
+    if config.num_hidden_layers < num_chunks:
+        found.append(
+            f"--pp {args.pp}: needs at least {num_chunks} layers, {source.name} has {config.num_hidden_layers}"
+        )
+    return found
+
+
+def load_tokenizer(args: TrainArgs, source: ModelSource) -> Any:
+    """Return the tokenizer, or None for synthetic tokens without a named tokenizer.
+
+    Raises:
+        ConfigError: no tokenizer there, hub out of reach, or more words than the model's vocabulary.
+    """
+    if args.dataset == "synthetic" and args.tokenizer_name is None:
+        return None
+    size = {"tiny": "125m", "175b": "66b"}.get(source.name, source.name)
+    name = args.tokenizer_name or (f"facebook/opt-{size}" if args.model_size else args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--tokenizer_name {name}: no tokenizer to be had ({_first_line(error)}); give --tokenizer_name DIR, "
+            "a local folder with vocab.json and merges.txt, or tokenizer.json"
+        ) from None
+    if len(tokenizer) > source.config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer_name {name}: has {len(tokenizer)} words, more than the model's {source.config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def build_model(source: ModelSource, *, seed: int) -> nn.Module:
+    """Return the model in fp32 on the host, the same on every rank, with the summed loss.
+
+    Pretrained safetensors are mapped, not read: the ranks of a machine share the pages until they write.
+
+    Raises:
+        ConfigError: the weights do not fill the model.
+    """
+    torch.manual_seed(seed)
+    if source.weights is None:
+        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="sdpa")
+    else:
+        model = _load_weights(source)
+    model.loss_function = summed_loss
+    return model.train()
+
+
+def _load_weights(source: ModelSource) -> nn.Module:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.weights,
+        config=source.config,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    lost = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
+    if lost:
+        raise ConfigError(
+            f"--model_name_or_path {source.weights}: its weights lack {len(lost)} tensors, first {lost[0]}"
+        )
+    return model
+
+
+def summed_loss(logits: Tensor, labels: Tensor, vocab_size: int | None = None, **kwargs: Any) -> Tensor:
+    """Return the negative log-likelihood summed over the real targets.
+
+    Args:
+        logits: (B, T, V), any float dtype.
+        labels: (B, T) int64, -100 where ignored; position t is the target of the logits at t - 1.
+
+    Returns:
+        fp32 scalar in nats; 0 where no target is real.
+    """
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def count_targets(labels: Tensor) -> int:
+    """Return how many positions of `labels` (B, T) are predicted: those after the first that are not -100."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def check_first_loss(loss: float, source: ModelSource) -> None:
+    """Raise ConfigError when a pretrained start predicts no better than chance, ln(vocabulary) nats a token."""
+    chance = math.log(source.config.vocab_size)
+    if source.pretrained and loss > chance - 0.5:
+        raise ConfigError(
+            f"--model_name_or_path {source.weights}: the first loss, {loss:.2f}, is that of random weights "
+            f"(ln {source.config.vocab_size} = {chance:.2f}): the weights were not loaded, or were never trained; "
+            "add --from_scratch to train from random weights"
+        )
+
+
+def recompute_layers(model: Any, num_layers: int) -> None:
+    """Recompute the activations of the first `num_layers` decoder layers in the backward pass; 0: none."""
+    if num_layers == 0:
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(getattr(module, "gradient_checkpointing", None), bool)]
+    decoder_layers = [module for module in layers if type(module).__name__.endswith("Layer")]
+    for layer in decoder_layers[num_layers:]:
+        layer.gradient_checkpointing = False
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two optimizer groups: matrices with `weight_decay`, biases and LayerNorm weights without."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(args: TrainArgs, source: ModelSource) -> float:
+    """Return the peak rate: the flag, 5e-5 for pretrained weights, the OPT paper's for random ones."""
+    if args.learning_rate is not None:
+        return args.learning_rate
+    if source.pretrained:
+        return 5e-5
+    return OPT_SHAPES[source.name].learning_rate if source.name in OPT_SHAPES else 1e-4

@@ -1,0 +1,728 @@
+"""Predicted memory by category for a model under a plugin, and the fastest setting that fits. No torch import.
+
+Bytes of states are arithmetic over what each plugin keeps (ColossalAI 0.5.0, read in its source); bytes of
+activations are derived tensor by tensor. What is only estimated says so and waits for calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from args import TrainArgs, pipeline_microbatches, problems
+from opt_sizes import OPTShape
+
+GIB = 2**30
+
+# What no plugin decides on a GPU: CUDA context, cuBLAS workspace, allocator rounding; NCCL's buffers. Estimates.
+CUDA_BYTES = int(0.75 * GIB)
+NCCL_BYTES = int(0.5 * GIB)
+# A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: estimate.
+HOST_PROCESS_BYTES = int(0.5 * GIB)
+HOST_CUDA_PROCESS_BYTES = 4 * GIB
+# Pinned blocks are rounded up to a power of two; the mean of that factor over all sizes is 2 ln 2. Estimate.
+PINNED_ROUNDING = 1.39
+# Share of the limit that a setting must leave free to be called fitting: fragmentation and our own error. Estimate.
+FIT_MARGIN = 0.10
+# Log-softmax's backward holds three fp32 matrices of the logits' size: its output, and the gradients of both sides.
+EAGER_LOGIT_BYTES = 12
+# Compiled together with the model: 16-bit logits and one fp32 pass. Estimate, from 19.8 GiB at 125m, 32 x 1024.
+COMPILED_LOGIT_BYTES = 6
+# LowLevelZeroPlugin's and HybridParallelPlugin's bucket of 12 x 2^20 elements, and its flattened copy.
+BUCKET_ELEMENTS = 2 * 12 * 2**20
+# Gemini's chunks: an eighth of the layers, at most this many elements (colossal_ext/gemini_chunks.py).
+LARGEST_CHUNK_ELEMENTS = 64 * 2**20
+
+# The flags that `auto` can decide and that advice has to name.
+AUTO_FLAGS = ("plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac")
+OFFLOAD_STEPS = tuple(step / 20 for step in range(1, 21))
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that the planner and the FLOP count need.
+
+    Args:
+        embed_dim: width of the word embeddings and of the output head.
+        ffn_width: elements that one token's feed-forward keeps for its backward.
+        num_params: distinct parameters.
+        layer_params: parameters of one layer.
+        matrix_params: elements of all matrices a token is multiplied with, the output head once.
+        layer_matrix_params: the part of them that stands in the layers.
+    """
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    embed_dim: int
+    max_positions: int
+    ffn_width: int
+    num_params: int
+    layer_params: int
+    matrix_params: int
+    layer_matrix_params: int
+
+
+def model_shape(shape: OPTShape, num_params: int | None = None) -> ModelShape:
+    """Return the planner's numbers of an OPT model, or of another decoder with the same word sizes.
+
+    Args:
+        num_params: the true count of a model that is not OPT. All its layers' parameters are then taken for matrices,
+            and its feed-forward is taken to keep one element a matrix row and column: estimates, within a few percent.
+    """
+    h, layers = shape.hidden_size, shape.num_layers
+    projections = 2 * h * shape.embed_dim if shape.embed_dim != h else 0
+    head = shape.vocab_size * shape.embed_dim
+    if num_params is None or num_params == shape.num_params:
+        num_params = shape.num_params
+        layer_matrices = 4 * h * h + 2 * h * shape.ffn_dim
+        # Beside the matrices: their biases, 4 h + ffn + h, and two LayerNorms of 2 h.
+        layer_params, ffn_width = layer_matrices + 9 * h + shape.ffn_dim, shape.ffn_dim
+    else:
+        layer_params = layer_matrices = max(num_params - head, 0) // layers
+        ffn_width = max(layer_matrices - 4 * h * h, 0) // h
+    return ModelShape(
+        num_layers=layers,
+        hidden_size=h,
+        vocab_size=shape.vocab_size,
+        embed_dim=shape.embed_dim,
+        max_positions=shape.max_positions,
+        ffn_width=ffn_width,
+        num_params=num_params,
+        layer_params=layer_params,
+        matrix_params=layers * layer_matrices + projections + head,
+        layer_matrix_params=layers * layer_matrices,
+    )
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """One setting to predict. Nothing in it is `auto`.
+
+    Args:
+        batch_size: rows of one micro-batch of a replica (the GPUs that hold one copy of the model).
+        num_microbatches: pieces the pipeline cuts it into.
+        accumulates: whether a step has several micro-batches.
+        checkpointed_layers: layers whose activations are recomputed.
+        compiled: whether the whole model, loss included, is one compiled graph.
+        dropout: whether dropout masks are kept.
+        gpu_gib: memory of one GPU; None on a CPU.
+        mem_cap_gb: cap in GB, 10^9 bytes; 0: none.
+        host_gib: memory of one machine; None: not looked at.
+        processes_per_host: ranks that share it.
+    """
+
+    shape: ModelShape
+    plugin: str
+    precision: str
+    world_size: int
+    batch_size: int
+    block_size: int
+    zero_stage: int = 0
+    tp: int = 1
+    pp: int = 1
+    num_microbatches: int = 1
+    accumulates: bool = False
+    checkpointed_layers: int = 0
+    offload_optim_frac: float = 0.0
+    offload_param_frac: float = 0.0
+    compiled: bool = False
+    dropout: bool = True
+    gpu_gib: float | None = None
+    mem_cap_gb: float = 0.0
+    host_gib: float | None = None
+    processes_per_host: int = 1
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.gpu_gib is None
+
+    @property
+    def autocast(self) -> bool:
+        """Whether parameters stay fp32 and each operation casts what it takes."""
+        return self.plugin.startswith("torch_ddp") and self.precision != "fp32"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number in the matrix products."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def dp_size(self) -> int:
+        return max(1, self.world_size // (self.tp * self.pp))
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The smaller of the GPU's memory and the cap; None where there is neither."""
+        limits = [self.gpu_gib * GIB if self.gpu_gib else None, self.mem_cap_gb * 1e9 if self.mem_cap_gb else None]
+        return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """Bytes on one device by category."""
+
+    parameters: int = 0
+    gradients: int = 0
+    master_weights: int = 0
+    optimizer_moments: int = 0
+    activations: int = 0
+    logits: int = 0
+    communication_buffers: int = 0
+    framework: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction.
+
+    Args:
+        device_bytes: one device's bytes by category, at the moment that needs most.
+        moment: that moment: `build`, `loss`, `backward` or `optimizer step`.
+        host_bytes: of one machine, all its processes together.
+        limit_bytes: what a device may hold; None: not limited.
+        fits: whether device and host stay under their limits with FIT_MARGIN to spare.
+    """
+
+    device_bytes: DeviceBytes
+    moment: str
+    total_bytes: int
+    host_bytes: int
+    limit_bytes: int | None
+    host_limit_bytes: int | None
+    fits: bool
+
+    @property
+    def excess(self) -> float:
+        """The largest share of a limit that is used; above 1 - FIT_MARGIN it does not fit."""
+        pairs = ((self.total_bytes, self.limit_bytes), (self.host_bytes, self.host_limit_bytes))
+        return max((used / limit for used, limit in pairs if limit), default=0.0)
+
+    def describe(self) -> str:
+        """Return one line: totals, limits, and every category that is not empty."""
+        limit = f" of {self.limit_bytes / GIB:.1f}" if self.limit_bytes else ""
+        host_limit = f" of {self.host_limit_bytes / GIB:.1f}" if self.host_limit_bytes else ""
+        parts = [
+            f"{name.replace('_', ' ')} {value / GIB:.2f}" for name, value in asdict(self.device_bytes).items() if value
+        ]
+        return (
+            f"{self.total_bytes / GIB:.2f}{limit} GiB a device ({self.moment}: {', '.join(parts)}), "
+            f"host {self.host_bytes / GIB:.1f}{host_limit} GiB"
+        )
+
+
+def plan(request: PlanRequest) -> Plan:
+    """Return the predicted memory of one setting."""
+    moments = _moments(request)
+    moment = max(moments, key=lambda name: moments[name].total)
+    device, host_bytes = moments[moment], _host_bytes(request, moments[moment])
+    host_limit = int(request.host_gib * GIB) if request.host_gib else None
+    limits = ((device.total, request.limit_bytes), (host_bytes, host_limit))
+    fits = all(limit is None or used <= (1 - FIT_MARGIN) * limit for used, limit in limits)
+    return Plan(device, moment, device.total, host_bytes, request.limit_bytes, host_limit, fits)
+
+
+# ---------------------------------------------------------------------------- states
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of one rank's states.
+
+    Args:
+        kept_gradients: gradients there before a backward pass starts.
+        gradients: after it.
+        step_gradients: during the optimizer step, with its copies.
+        built_parameters, built_masters: on the device while the plugin is set up, where some leave it later.
+        offloaded: states on the host.
+    """
+
+    parameters: int
+    kept_gradients: int
+    gradients: int
+    step_gradients: int
+    master_weights: int
+    moments: int
+    communication: int
+    built_parameters: int = 0
+    built_masters: int = 0
+    offloaded: int = 0
+
+
+def stage_params(request: PlanRequest) -> int:
+    """Return the parameters one rank computes with: its share of layers, and the embeddings an end stage holds."""
+    shape = request.shape
+    layers = shape.layer_params * shape.num_layers
+    return (layers // request.pp + shape.num_params - layers) // request.tp
+
+
+def _states(request: PlanRequest) -> States:
+    if request.plugin.startswith("torch_ddp"):
+        return _ddp_states(stage_params(request))
+    if request.plugin == "gemini":
+        return _gemini_states(request)
+    if request.plugin == "hybrid_parallel" and request.zero_stage == 0:
+        return _hybrid_states(request)
+    return _zero_states(request)
+
+
+def _ddp_states(p: int) -> States:
+    """DDP replicates 16 bytes a parameter; gradients live in its buckets, which stay (gradient_as_bucket_view)."""
+    return States(4 * p, 4 * p, 4 * p, 4 * p, 0, 8 * p, 0)
+
+
+def _zero_states(request: PlanRequest) -> States:
+    """LowLevelZero: whole parameters, fp32 master weights and moments divided among the data-parallel ranks.
+
+    Gradients stay whole in stage 1 and are divided in stage 2. The step copies this rank's share to fp32 while the
+    originals are still held, and takes the norm of the largest in double precision.
+    """
+    p, dp, item = stage_params(request), request.dp_size, request.item_bytes
+    gradients = item * p // (dp if request.zero_stage == 2 else 1)
+    largest = request.shape.vocab_size * request.shape.embed_dim // request.tp
+    copies = 4 * p // dp if item == 2 else 0
+    on_device = 0 if request.offload_optim_frac == 1 else 1
+    return States(
+        parameters=item * p,
+        kept_gradients=gradients if request.accumulates or request.pp > 1 else 0,
+        gradients=gradients,
+        step_gradients=gradients + on_device * copies + 8 * largest // dp,
+        master_weights=on_device * 4 * p // dp,
+        moments=on_device * 8 * p // dp,
+        communication=BUCKET_ELEMENTS * item,
+        offloaded=(1 - on_device) * (12 * p // dp + copies),
+    )
+
+
+def _gemini_states(request: PlanRequest) -> States:
+    """Gemini: everything divided among the ranks; a parameter's 16-bit storage holds its gradient after backward.
+
+    With accumulation gradients have storage of their own. Fractions of optimizer states and parameters live on the
+    host, where ColossalAI also keeps a pinned copy of every chunk, 16-bit and fp32, offloaded or not.
+    Weights are built on the device and leave it only when all are there.
+    """
+    shape, share = request.shape, request.shape.num_params // request.dp_size
+    on_device = 1 - request.offload_optim_frac
+    regular = min(LARGEST_CHUNK_ELEMENTS, shape.layer_params * shape.num_layers // 8)
+    largest = max(regular, shape.layer_params // 3, shape.vocab_size * shape.embed_dim)
+    gradients = 2 * share if request.accumulates else 0
+    # A gather holds shard and chunk together; the next chunk is fetched meanwhile; an offloaded one arrives in fp32.
+    communication = largest * (4 + (4 if request.offload_optim_frac else 0))
+    pinned = 0 if request.on_cpu else int(PINNED_ROUNDING * 6 * share)
+    unpinned = int((12 if request.on_cpu else 8) * share * request.offload_optim_frac)
+    return States(
+        parameters=int(2 * share * (1 - request.offload_param_frac)),
+        kept_gradients=gradients,
+        gradients=gradients,
+        step_gradients=gradients,
+        master_weights=int(4 * share * on_device),
+        moments=int(8 * share * on_device),
+        communication=communication,
+        built_parameters=2 * share,
+        built_masters=4 * share,
+        offloaded=pinned + unpinned,
+    )
+
+
+def _hybrid_states(request: PlanRequest) -> States:
+    """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters and fp32 gradients."""
+    p = stage_params(request)
+    kept = request.item_bytes * p if request.accumulates or request.pp > 1 else 0
+    if request.precision == "fp32":
+        return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
+    # The step replaces 16-bit gradients by fp32 ones, one parameter after the other.
+    return States(2 * p, kept, 2 * p, 4 * p, 4 * p, 8 * p, BUCKET_ELEMENTS * 2 if request.dp_size > 1 else 0)
+
+
+# ---------------------------------------------------------------------------- activations
+
+
+def layer_activation_bytes(request: PlanRequest) -> int:
+    """Return the bytes one layer keeps for the backward of one token, with flash attention and without recompute.
+
+    Of an OPT layer of width h, autograd keeps, in 16-bit: the input of each LayerNorm (2 x 2 h), their outputs, which
+    feed q, k, v and fc1 (2 x 2 h), q, k, v (6 h), the attention's output (2 h), relu's output, which feeds fc2 (8 h),
+    and two dropout masks of one byte (2 h): 26 h. In fp32 without dropout: 48 h.
+    Under autocast the residual stream is fp32 (2 x 4 h) and each of q, k, v casts its own copy of the LayerNorm's
+    output (4 x 2 h): 34 h; a compiled graph casts once: 30 h. Statistics of LayerNorm and softmax, below 1 %, are
+    left out. Tensor parallelism divides q, k, v, the attention's output and the feed-forward.
+    """
+    h, item = request.shape.hidden_size, request.item_bytes
+    residual = 2 * _residual_bytes(request)
+    normed = (4 if request.autocast and not request.compiled else 2) * item * h
+    divided = item * (4 * h + request.shape.ffn_width) // request.tp
+    # The CPU keeps a mask in the numbers' own type.
+    masks = 2 * h * (item if request.on_cpu else 1) if request.dropout else 0
+    return residual + normed + divided + masks
+
+
+def _residual_bytes(request: PlanRequest) -> int:
+    return request.shape.hidden_size * (4 if request.autocast else request.item_bytes)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one rank when the backward starts.
+
+    Args:
+        saved: everything kept from the forward, without the logits.
+        logits: with what the loss's backward holds beside them.
+        first_layer: what the first layer's backward, at the output, holds beside `saved`.
+        last_layer: what is left when the last one's, at the input, runs.
+    """
+
+    saved: int
+    logits: int
+    first_layer: int
+    last_layer: int
+
+
+def _activations(request: PlanRequest) -> Activations:
+    """Return the activations of the stage that needs most: the first holds most micro-batches, the last the logits."""
+    tokens = request.batch_size * request.block_size // request.num_microbatches
+    if request.pp == 1:
+        return _stage_activations(request, tokens, in_flight=1, has_head=True)
+    first = _stage_activations(request, tokens, in_flight=min(request.pp, request.num_microbatches), has_head=False)
+    last = _stage_activations(request, tokens, in_flight=1, has_head=True)
+    return max(first, last, key=lambda stage: stage.saved + max(stage.logits, stage.first_layer))
+
+
+def _stage_activations(request: PlanRequest, tokens: int, *, in_flight: int, has_head: bool) -> Activations:
+    shape = request.shape
+    checkpointed = min(request.checkpointed_layers, shape.num_layers)
+    per_layer, per_input = layer_activation_bytes(request), _residual_bytes(request)
+    layers = (checkpointed * per_input + (shape.num_layers - checkpointed) * per_layer) // request.pp
+    # The final LayerNorm keeps its input and, for the head, its output.
+    head = per_input + request.item_bytes * shape.embed_dim if has_head else 0
+    logit_bytes = COMPILED_LOGIT_BYTES if request.compiled else EAGER_LOGIT_BYTES
+    # The largest gradients of a layer: those of relu's output and of its input.
+    gradients = 2 * request.item_bytes * shape.ffn_width // request.tp
+    recomputed = per_layer - per_input if checkpointed == shape.num_layers else 0
+    return Activations(
+        saved=in_flight * tokens * layers + tokens * head + _cast_bytes(request, checkpointed),
+        logits=tokens * shape.vocab_size * logit_bytes // request.tp if has_head else 0,
+        first_layer=tokens * (gradients + recomputed),
+        last_layer=tokens * (gradients + per_layer),
+    )
+
+
+def _cast_bytes(request: PlanRequest, checkpointed: int) -> int:
+    """Return the 16-bit copies of fp32 matrices that autocast's products keep until their backward."""
+    if not request.autocast:
+        return 0
+    shape = request.shape
+    recomputed = shape.layer_matrix_params * checkpointed // shape.num_layers
+    return 2 * (shape.matrix_params - recomputed)
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
+    """Return the device's bytes at each moment that can be the peak.
+
+    Between the loss and the end of the backward, activations fall and gradients grow layer by layer, so the peak is
+    at one end.
+    """
+    states, activations = _states(request), _activations(request)
+    fixed = DeviceBytes(
+        parameters=states.parameters,
+        master_weights=states.master_weights,
+        optimizer_moments=states.moments,
+        communication_buffers=states.communication,
+        framework=_framework_bytes(request),
+    )
+    at_loss = replace(fixed, gradients=states.kept_gradients, activations=activations.saved, logits=activations.logits)
+    first_layer = replace(at_loss, activations=activations.saved + activations.first_layer, logits=0)
+    last_layer = replace(fixed, gradients=states.gradients, activations=activations.last_layer)
+    return {
+        "build": replace(
+            fixed,
+            parameters=max(states.parameters, states.built_parameters),
+            master_weights=max(states.master_weights, states.built_masters),
+            optimizer_moments=0,
+        ),
+        "loss": at_loss,
+        "backward": max(first_layer, last_layer, key=lambda moment: moment.total),
+        "optimizer step": replace(fixed, gradients=states.step_gradients),
+    }
+
+
+def _framework_bytes(request: PlanRequest) -> int:
+    if request.on_cpu:
+        return 0
+    return CUDA_BYTES + (NCCL_BYTES if request.world_size > 1 else 0)
+
+
+def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
+    """Return one machine's memory: on a CPU the "device" is there too; on a GPU fp32 weights pass through it."""
+    offloaded = _states(request).offloaded
+    if request.on_cpu:
+        return request.processes_per_host * (HOST_PROCESS_BYTES + offloaded + device.total)
+    loading = 4 * request.shape.num_params
+    return request.processes_per_host * (HOST_CUDA_PROCESS_BYTES + max(offloaded, loading))
+
+
+# ---------------------------------------------------------------------------- choice
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` became.
+
+    Args:
+        precision: bf16, fp16 or fp32.
+        reason: one line: what was chosen and why.
+        fits: False where no setting is predicted to fit; the smallest is then chosen.
+    """
+
+    plugin: str
+    precision: str
+    checkpointed_layers: int
+    offload_optim_frac: float
+    offload_param_frac: float
+    reason: str
+    plan: Plan
+
+    @property
+    def fits(self) -> bool:
+        return self.plan.fits
+
+
+def resolve_auto(
+    args: TrainArgs,
+    shape: ModelShape,
+    world_size: int,
+    gpu_gib: float | None,
+    host_gib: float | None,
+    *,
+    processes_per_host: int | None = None,
+    has_bf16: bool = True,
+    dropout: bool = True,
+) -> Choice:
+    """Return the first setting, in order of expected speed, that is predicted to fit; flags that are given stand.
+
+    The order: torch_ddp, low_level_zero, gemini, gemini with ever more offload; each without recompute, then with as
+    few recomputed layers as do. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
+
+    Args:
+        gpu_gib: memory of one GPU; None on a CPU.
+        host_gib: memory of one machine; None: not looked at.
+        processes_per_host: ranks on this machine; off: all of them.
+        has_bf16: whether the GPU has bf16 arithmetic.
+        dropout: whether the model drops activations out.
+    """
+    tried = []
+    for request in _requests(args, shape, world_size, gpu_gib, has_bf16):
+        on_host = replace(
+            request, host_gib=host_gib, processes_per_host=processes_per_host or world_size, dropout=dropout
+        )
+        for setting in _with_recompute(args, on_host):
+            predicted = plan(setting)
+            if predicted.fits:
+                return _choice(args, setting, predicted)
+            tried.append((predicted, setting))
+    predicted, setting = min(tried, key=lambda pair: pair[0].excess)
+    return _choice(args, setting, predicted)
+
+
+def _requests(
+    args: TrainArgs, shape: ModelShape, world_size: int, gpu_gib: float | None, has_bf16: bool
+) -> Iterator[PlanRequest]:
+    """Yield the settings that the flags leave open, fastest first, without recompute."""
+    for plugin, optim_frac, param_frac in _plugins(args, on_cpu=gpu_gib is None, has_bf16=has_bf16):
+        named = replace(args, plugin=plugin)
+        precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
+        zero_stage = args.zero_stage if args.zero_stage is not None else int(plugin == "low_level_zero")
+        is_pipeline = plugin == "hybrid_parallel" and args.pp > 1
+        yield PlanRequest(
+            shape=shape,
+            plugin=plugin,
+            precision=precision,
+            world_size=world_size,
+            batch_size=args.train_batch_size,
+            block_size=min(args.block_size, shape.max_positions),
+            zero_stage=zero_stage,
+            tp=args.tp,
+            pp=args.pp,
+            num_microbatches=pipeline_microbatches(args) if is_pipeline else 1,
+            accumulates=args.gradient_accumulation_steps > 1,
+            offload_optim_frac=optim_frac,
+            offload_param_frac=param_frac,
+            compiled=_compiled(named, on_cpu=gpu_gib is None),
+            gpu_gib=gpu_gib,
+            mem_cap_gb=args.mem_cap,
+        )
+
+
+def _plugins(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> Iterator[tuple[str, float, float]]:
+    """Yield (plugin, offloaded share of optimizer states, of parameters), fastest first."""
+    limited = not on_cpu or args.mem_cap > 0
+    if args.plugin != "auto":
+        yield args.plugin, args.offload_optim_frac, args.offload_param_frac
+        return
+    lacks_bf16 = args.precision == "auto" and not on_cpu and not has_bf16
+    yield ("torch_ddp_fp16" if args.precision == "fp16" or lacks_bf16 else "torch_ddp"), 0.0, 0.0
+    if limited:
+        yield "low_level_zero", 0.0, 0.0
+    if not limited or args.precision == "fp32" or args.compile == "on":
+        return
+    yield "gemini", 0.0, 0.0
+    for fraction in OFFLOAD_STEPS:
+        yield "gemini", fraction, 0.0
+    yield "gemini", 1.0, 1.0
+
+
+def _precision(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> str:
+    if args.precision != "auto":
+        return args.precision
+    if args.plugin == "torch_ddp_fp16":
+        return "fp16"
+    if on_cpu:
+        needs_half = args.plugin == "gemini" or (args.plugin == "hybrid_parallel" and args.zero_stage)
+        return "bf16" if needs_half else "fp32"
+    without_bf16 = "fp32" if args.plugin == "torch_ddp" else "fp16"
+    return "bf16" if has_bf16 else without_bf16
+
+
+def _compiled(args: TrainArgs, *, on_cpu: bool) -> bool:
+    if args.plugin == "gemini" or args.tp > 1 or args.pp > 1:
+        return False
+    return args.compile == "on" or (args.compile == "auto" and not on_cpu)
+
+
+def _with_recompute(args: TrainArgs, request: PlanRequest) -> Iterator[PlanRequest]:
+    """Yield the request with the layers that the flag says; for auto with none, then with the fewest that fit."""
+    num_layers = request.shape.num_layers
+    if args.gradient_checkpointing != "auto":
+        yield replace(request, checkpointed_layers=_fixed_layers(args.gradient_checkpointing, num_layers))
+        return
+    yield request
+    everything = replace(request, checkpointed_layers=num_layers)
+    if request.limit_bytes is None:
+        return
+    if plan(everything).fits:
+        choices = (replace(request, checkpointed_layers=layers) for layers in range(1, num_layers))
+        yield next((choice for choice in choices if plan(choice).fits), everything)
+    yield everything
+
+
+def _fixed_layers(gradient_checkpointing: str, num_layers: int) -> int:
+    """Return the layers that `on`, `off` or a number means; `auto` counts as off."""
+    words = {"on": num_layers, "off": 0, "auto": 0}
+    layers = words[gradient_checkpointing] if gradient_checkpointing in words else int(gradient_checkpointing)
+    return min(layers, num_layers)
+
+
+def _choice(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Choice:
+    what = [request.plugin, request.precision]
+    if request.offload_optim_frac:
+        what.append(f"{request.offload_optim_frac:.0%} of optimizer states on the host")
+    if request.offload_param_frac:
+        what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
+    what.append(_recompute_text(request))
+    kind = "the fastest predicted to fit" if args.plugin == "auto" else "as asked"
+    if not predicted.fits:
+        kind = "predicted NOT to fit; nothing smaller is left to choose"
+    return Choice(
+        plugin=request.plugin,
+        precision=request.precision,
+        checkpointed_layers=request.checkpointed_layers,
+        offload_optim_frac=request.offload_optim_frac,
+        offload_param_frac=request.offload_param_frac,
+        reason=f"{', '.join(what)}: {kind}; {predicted.describe()}",
+        plan=predicted,
+    )
+
+
+def _recompute_text(request: PlanRequest) -> str:
+    if not request.checkpointed_layers:
+        return "no recompute"
+    return f"{request.checkpointed_layers} of {request.shape.num_layers} layers recomputed"
+
+
+# ---------------------------------------------------------------------------- advice
+
+
+def oom_advice(
+    given: TrainArgs, used: TrainArgs, *, num_layers: int, world_size: int, on_cpu: bool = False
+) -> list[str]:
+    """Return the flags to try next after running out of memory, cheapest first, each to be added to the command.
+
+    What is in force already, and what the command's other flags would refuse, is left out.
+
+    Args:
+        given: the flags as the user gave them.
+        used: the same without `auto`: what ran.
+        world_size: processes of the whole run.
+    """
+    # What `auto` chose stands in every line, since it would choose again.
+    chosen = {name: getattr(used, name) for name in AUTO_FLAGS if getattr(used, name) != getattr(given, name)}
+    if chosen.get("gradient_checkpointing") == "0":
+        del chosen["gradient_checkpointing"]
+    ran = replace(given, **chosen)
+    num_gpus = 0 if on_cpu else world_size
+    advice = []
+    for changes in _cheaper_settings(ran, num_layers, world_size):
+        changed = replace(ran, **changes)
+        refused = problems(changed, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
+        if changed != ran and not refused:
+            advice.append(_flags({**chosen, **changes}))
+    if given.mem_cap:
+        advice.append(f"a higher --mem_cap than {given.mem_cap:g} GB")
+    return [*advice, "a smaller --model_name_or_path, or more GPUs"]
+
+
+def _flags(changes: dict[str, Any]) -> str:
+    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in changes.items()}
+    return " ".join(f"--{name} {value}" for name, value in values.items())
+
+
+def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iterator[dict[str, Any]]:
+    """Yield changed settings that need less memory, in order of what they cost."""
+    plugin, replicas = args.plugin, world_size // args.replica_size
+    if args.precision == "fp32":
+        yield {"precision": "bf16"}
+    if _fixed_layers(args.gradient_checkpointing, num_layers) < num_layers:
+        yield {"gradient_checkpointing": "on"}
+    divisor = _smallest_divisor(args.per_device_train_batch_size)
+    if divisor > 1:
+        yield {
+            "per_device_train_batch_size": args.per_device_train_batch_size // divisor,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps * divisor,
+        }
+    if plugin.startswith("torch_ddp") and replicas > 1:
+        yield {"plugin": "low_level_zero", **_half(args)}
+    if plugin in ("low_level_zero", "hybrid_parallel") and replicas > 1:
+        yield {"zero_stage": 1 if plugin == "hybrid_parallel" else 2, **_half(args)}
+    if plugin == "low_level_zero":
+        yield {"offload_optim_frac": 1.0}
+    yield from _gemini_settings(args)
+    if args.block_size >= 256:
+        yield {"block_size": args.block_size // 2}
+
+
+def _gemini_settings(args: TrainArgs) -> Iterator[dict[str, Any]]:
+    if args.plugin == "hybrid_parallel":
+        return
+    gemini = {"plugin": "gemini", **_half(args), **({"compile": "auto"} if args.compile == "on" else {})}
+    gemini = {} if args.plugin == "gemini" else gemini
+    yield gemini
+    if args.offload_optim_frac < 1 or gemini:
+        yield {**gemini, "offload_optim_frac": 1.0}
+    yield {**gemini, "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
+
+
+def _half(args: TrainArgs) -> dict[str, Any]:
+    """Return the precision flag that a plugin with master weights needs where the given one would be refused."""
+    return {"precision": "bf16"} if args.precision == "fp32" else {}
+
+
+def _smallest_divisor(number: int) -> int:
+    """Return the smallest divisor above 1, or 1 for 1."""
+    return next((divisor for divisor in range(2, number + 1) if number % divisor == 0), 1)

@@ -1,0 +1,162 @@
+"""What a run leaves behind: log lines, metrics.jsonl and result.json, filled in while it trains."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import report
+from args import TrainArgs
+from data import PreparedData, TokenRows
+from model import ModelSource
+from planner import Choice, ModelShape
+from runtime import Runtime, log
+from trainer import Evaluation, StepResult
+
+WARMUP_STEPS = 5  # left out of the throughput: compilation, autotuning, the allocator's growth
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was found possible: nothing in `args` is `auto` any more, and the data lies ready."""
+
+    args: TrainArgs
+    process: Runtime
+    source: ModelSource
+    shape: ModelShape
+    data: PreparedData
+    choice: Choice
+
+    @property
+    def rows(self) -> TokenRows:
+        """The split that the run is about: the training rows, or with --eval_only the evaluation rows."""
+        rows = self.data.train or self.data.validation
+        assert rows is not None, "data.prepare gives at least one split"
+        return rows
+
+
+class Recorder:
+    """Rank 0's book of the run; the other ranks only take part in the maxima.
+
+    Args:
+        folder: output folder, made by rank 0.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job, self.folder = job, folder
+        self.meter = report.StepMeter(WARMUP_STEPS)
+        self.losses: list[tuple[int, float]] = []
+        self.evaluation: report.Eval | None = None
+        self.num_steps = 0
+        seq_len = job.rows.info.num_tokens / max(job.rows.info.num_rows, 1)
+        recomputed_layers = int(job.args.gradient_checkpointing)
+        self.flops = report.token_flops(job.shape, seq_len, recomputed_layers=recomputed_layers)
+        self.peak = report.peak_of(job.process.device_name, job.args.precision)
+        if job.process.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics = report.MetricsLog(folder / "metrics.jsonl")
+
+    def start(self, num_steps: int) -> None:
+        """Print what will run, before the first step."""
+        job, self.num_steps = self.job, num_steps
+        weights = "pretrained" if job.source.pretrained else "random"
+        info = job.rows.info
+        log.info(f"model   {job.source.name}, {job.shape.num_params:,} parameters, {weights} weights")
+        log.info(
+            f"data    {info.name} ({info.split}): {info.num_rows:,} rows, {info.num_tokens:,} tokens, "
+            f"{info.dropped_tokens:,} dropped"
+        )
+        log.info(f"plan    {job.choice.reason}")
+        log.info(
+            f"run     {num_steps:,} steps on {job.process.world_size} x {job.process.device_name}, in {self.folder}"
+        )
+
+    def on_step(self, result: StepResult) -> None:
+        """Record a step, and log it where `--logging_steps` says so."""
+        self.losses.append((result.step, result.loss))
+        self.meter.add(result.seconds, tokens=result.num_tokens, samples=result.num_samples)
+        args = self.job.args
+        is_due = result.step % args.logging_steps == 0 or result.step in (1, self.num_steps)
+        if is_due and self.job.process.is_main:
+            self._log_step(result)
+
+    def _log_step(self, result: StepResult) -> None:
+        rate = self.meter.interval()
+        assert rate is not None, "a step was just recorded"
+        per_device = rate.tokens_per_s / self.job.process.world_size
+        memory_gib = None if self.job.process.on_cpu else torch.cuda.max_memory_allocated() / report.GIB
+        measured = {
+            "loss": result.loss,
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": rate.tokens_per_s,
+            "mfu": per_device * self.flops.model / self.peak.flops if self.peak else None,
+            "step_ms": rate.step_ms,
+            "memory_gib": memory_gib,
+        }
+        log.info(report.log_line(result.step, self.num_steps, **measured))
+        self.metrics.append(step=result.step, time_s=time.time(), **measured)
+
+    def on_evaluation(self, evaluation: Evaluation, *, epoch: int | None = None) -> None:
+        """Record and log an evaluation; the last one stands in result.json."""
+        protocol = self.job.data.protocol
+        self.evaluation = report.Eval.from_loss(evaluation.loss, num_tokens=evaluation.num_tokens, protocol=protocol)
+        if self.job.process.is_main:
+            when = "" if epoch is None else f" after epoch {epoch + 1}"
+            log.info(
+                f"eval{when}: loss {evaluation.loss:.4f}, perplexity {self.evaluation.perplexity:.2f} "
+                f"over {evaluation.num_tokens:,} tokens"
+            )
+            self.metrics.append(step=len(self.losses), time_s=time.time(), eval_loss=evaluation.loss)
+
+    def write(self, status: report.Status, *, alone: bool = False) -> report.Result:
+        """Write result.json and return what it holds.
+
+        Args:
+            alone: only this rank is here (it ran out of memory): no maxima over the others.
+        """
+        job = self.job
+        result = report.Result(
+            status=status,
+            command=shlex.join(sys.argv),
+            args=asdict(job.args),
+            versions=report.versions(),
+            git_commit=report.git_commit(),
+            device=report.Device(job.process.device_name, job.process.world_size, job.process.device_memory_gib),
+            plugin=job.args.plugin,
+            plan=job.choice.plan,
+            model=report.ModelInfo(job.source.name, job.shape.num_params, job.source.pretrained),
+            data=job.rows.info,
+            steps=len(self.losses),
+            train_loss=self.losses,
+            eval=self.evaluation,
+            throughput=self.meter.throughput(self.flops, num_devices=job.process.world_size, peak=self.peak),
+            memory=_memory(job, alone=alone),
+            output_dir=str(self.folder),
+        )
+        if job.process.is_main or alone:
+            result.write(self.folder / "result.json")
+        return result
+
+
+def _memory(job: Job, *, alone: bool) -> report.Memory:
+    """Return the maxima over ranks. A collective, unless `alone`."""
+    device = job.process.device
+    peaks = [0.0, 0.0] if job.process.on_cpu else [
+        torch.cuda.max_memory_allocated(device) / report.GIB,
+        torch.cuda.max_memory_reserved(device) / report.GIB,
+    ]  # fmt: skip
+    maxima = torch.tensor([*peaks, report.host_peak_rss_gib()], dtype=torch.float64, device=device)
+    if not alone:
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    allocated_gib, reserved_gib, host_gib = maxima.tolist()
+    cap_gib = job.args.mem_cap * 1e9 / report.GIB if job.args.mem_cap else None
+    if job.process.on_cpu:
+        return report.Memory(None, None, cap_gib, host_gib)
+    return report.Memory(allocated_gib, reserved_gib, cap_gib, host_gib)

@@ -1,0 +1,260 @@
+"""The process: its ranks, device, process group, logging, signals and exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from args import ConfigError
+
+log = logging.getLogger("clm")
+
+EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_OOM, EXIT_NAN = 0, 1, 2, 3, 4
+
+# (package, oldest tested, newest tested); ColossalAI's patches in colossal_ext hold for one release only.
+TESTED_VERSIONS = (("torch", "2.11", "2.13"), ("transformers", "5.17", "5.23"), ("colossalai", "0.5.0", "0.5.0"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands among the processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    num_gpus: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def device_name(self) -> str:
+        return "cpu" if self.on_cpu else torch.cuda.get_device_name(self.device)
+
+    @property
+    def device_memory_gib(self) -> float | None:
+        """Memory of this rank's GPU in GiB, None on a CPU."""
+        return None if self.on_cpu else torch.cuda.get_device_properties(self.device).total_memory / 2**30
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether the device computes in bf16 (GPUs before Ampere emulate it, slowly)."""
+        return self.on_cpu or torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+
+def host_memory_gib() -> float:
+    """Return the memory this machine, or the container it stands for, can use in GiB."""
+    limits = [psutil.virtual_memory().total]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return min(limits) / 2**30
+
+
+def current_runtime() -> Runtime:
+    """Return the ranks that torchrun set (a plain `python train_clm.py` is a world of one) and the device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Runtime(
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=local_rank,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=torch.device("cuda", local_rank) if num_gpus else torch.device("cpu"),
+        num_gpus=num_gpus,
+    )
+
+
+def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float = 0.0) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs, through a free port when torchrun is absent.
+
+    Args:
+        timeout_s: seconds a collective may wait for another rank.
+        mem_cap_gb: cap on this rank's GPU memory in GB (10^9 bytes), kept by the allocator; 0: none.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        rendezvous: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1}
+    else:
+        rendezvous = {}
+    if not runtime.on_cpu:
+        torch.cuda.set_device(runtime.device)
+        if mem_cap_gb:
+            total_bytes = torch.cuda.get_device_properties(runtime.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, mem_cap_gb * 1e9 / total_bytes))
+        rendezvous["device_id"] = runtime.device
+    backend = "gloo" if runtime.on_cpu else "nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **rendezvous)
+
+
+def quiet_third_parties(runtime: Runtime) -> None:
+    """Silence import-time chatter, and progress bars where nobody watches them redraw.
+
+    Must run before the first import of colossalai, transformers or datasets.
+    """
+    warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not (runtime.is_main and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def quiet_colossalai() -> None:
+    """Silence ColossalAI's own logger, which prints every record twice. Runs after its first import."""
+    from colossalai.logging import get_dist_logger
+
+    get_dist_logger().set_level("ERROR")
+
+
+def start_logging(runtime: Runtime) -> None:
+    """Print log lines of rank 0 to stdout, and only warnings with their rank from the others to stderr."""
+    handler = logging.StreamHandler(sys.stdout if runtime.is_main else sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if runtime.is_main else f"[rank {runtime.rank}] %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if runtime.is_main else logging.ERROR)
+    log.propagate = False
+
+
+def check_versions() -> None:
+    """Warn of a package newer than the tested ones.
+
+    Raises:
+        ConfigError: a package is missing, older than tested, or another ColossalAI than 0.5.0.
+    """
+    fix = "run `bash setup.sh`, or `pip install -r requirements.txt && pip install --no-deps -r requirements-colossalai.txt`"
+    for package, oldest, newest in TESTED_VERSIONS:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise ConfigError(f"{package} is not installed: {fix}") from None
+        if _numbers(found) < _numbers(oldest) or (package == "colossalai" and found != newest):
+            raise ConfigError(f"{package} {found} is not supported (tested: {oldest} to {newest}): {fix}")
+        if _numbers(found)[:2] > _numbers(newest)[:2]:
+            log.warning(f"{package} {found} is newer than the tested {newest}; if something breaks, {fix}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdecimal())
+
+
+def settle_hub(timeout_s: float = 5.0) -> bool:
+    """Ask the Hugging Face hub for one sign of life, go offline where there is none, and return whether it lives.
+
+    The hub's client retries for 25 s a file; offline it answers at once, from its cache or with an error.
+    Must run before the first import of transformers or datasets.
+    """
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_s).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        return False
+    return True
+
+
+class StopSignal:
+    """Remembers a SIGTERM or SIGINT, so that the run can end between two steps. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        signal.signal(signal.SIGTERM, self._remember)
+        signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.number == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+    @property
+    def seen(self) -> bool:
+        return self.number > 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number; SIGTERM where only another rank was told to stop."""
+        return 128 + (self.number or signal.SIGTERM)
+
+
+def run_to_exit(body: Callable[[Runtime], int]) -> None:
+    """Run `body` and end the process with the exit code of the README's table.
+
+    An orderly end, which every rank reaches by itself, leaves through `sys.exit`. A failure of one rank leaves at
+    once through `os._exit`: a rank that lingers in clean-up would keep the others in a collective until its timeout.
+    """
+    runtime = current_runtime()
+    start_logging(runtime)
+    try:
+        code = body(runtime)
+    except ConfigError as error:
+        if runtime.is_main:
+            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+        code = EXIT_CONFIG
+    except torch.OutOfMemoryError:
+        _leave_now(EXIT_OOM)
+    except KeyboardInterrupt:
+        _leave_now(128 + signal.SIGINT)
+    except Exception:
+        print(f"[rank {runtime.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        _leave_now(EXIT_ERROR)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(_report_exit_code(code, runtime))
+
+
+def _report_exit_code(code: int, runtime: Runtime) -> int:
+    """Hand `code` to the launcher, where there is one, and return what torchrun shall see.
+
+    torchrun answers any code but 0 with a page of its own traceback and exits with 1, so the launcher gives us a
+    file for the true code.
+    """
+    path = os.environ.get("CLM_EXIT_CODE_FILE")
+    if not path or code == EXIT_OK:
+        return code
+    if runtime.is_main:
+        _write_exit_code(path, code)
+    return EXIT_OK
+
+
+def _write_exit_code(path: str, code: int) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(str(code))
+
+
+def _leave_now(code: int) -> None:
+    path = os.environ.get("CLM_EXIT_CODE_FILE")
+    if path and code != EXIT_ERROR:
+        _write_exit_code(path, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

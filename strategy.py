@@ -1,0 +1,343 @@
+"""The plugins: what each shards and allows, and one `Engine` that trains and evaluates under any of them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from args import TrainArgs, pipeline_microbatches
+from runtime import Runtime, quiet_colossalai
+
+if TYPE_CHECKING:
+    from colossalai.booster import Booster
+
+# Half-precision steps overflow and are skipped until the scale fits; LowLevelZero's own start, 2^32, wastes 16 of them.
+INITIAL_LOSS_SCALE = 2**16
+
+
+def resolve_compile(args: TrainArgs, *, on_cpu: bool) -> str:
+    """Return `on` or `off`: auto compiles on a GPU under the plugins whose modules a graph can hold."""
+    if args.compile != "auto":
+        return args.compile
+    compiles = args.plugin != "gemini" and args.tp == 1 and not on_cpu and _has_c_compiler()
+    return "on" if compiles else "off"
+
+
+def _has_c_compiler() -> bool:
+    # Inductor's Triton kernels are launched by a stub that the host's C compiler builds.
+    return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plugin must know of model and data before it is made.
+
+    Args:
+        parameter_numels: elements of each parameter in the model's order, tied ones once.
+        varying_length: batches differ in length (padded rows).
+    """
+
+    parameter_numels: tuple[int, ...]
+    varying_length: bool
+
+
+def workload(model: nn.Module, *, varying_length: bool) -> Workload:
+    """Return the facts of a model that is not boosted yet."""
+    return Workload(tuple(parameter.numel() for parameter in model.parameters()), varying_length)
+
+
+class Engine:
+    """A boosted model with its optimizer and schedule.
+
+    Every loss it returns is a sum over real targets of this rank, in fp32, and 0 where another rank counts it
+    (other pipeline stages, other tensor-parallel ranks), so that a sum over the world is the global sum.
+    """
+
+    def __init__(self, args: TrainArgs, runtime: Runtime, workload: Workload) -> None:
+        """Create the plugin and its Booster; `args` holds no `auto` any more."""
+        self.args, self.runtime = args, runtime
+        quiet_colossalai()
+        self.plugin, mixed_precision = _make_plugin(args, runtime, workload)
+        self.booster = _make_booster(self.plugin, mixed_precision)
+        self.is_pipeline = args.plugin == "hybrid_parallel" and args.pp > 1
+        self.num_microbatches = pipeline_microbatches(args) if self.is_pipeline else 1
+        self.model: Any = None
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+
+    def boost(self, model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
+        """Hand model, optimizer and schedule to the plugin, which shards them."""
+        if self.args.compile == "on":
+            _compile(model, by_layer=self.is_pipeline)
+        self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among the ranks that see different data."""
+        return dist.get_rank(self._dp_group)
+
+    @property
+    def dp_size(self) -> int:
+        return dist.get_world_size(self._dp_group)
+
+    @property
+    def _dp_group(self) -> Any:
+        return self.plugin.dp_group if self.args.plugin == "hybrid_parallel" else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's losses and tokens enter the global sums: one rank a replica does."""
+        if self.args.plugin != "hybrid_parallel":
+            return True
+        is_last_stage = self.plugin.stage_manager is None or self.plugin.stage_manager.is_last_stage(ignore_chunk=True)
+        return is_last_stage and dist.get_rank(self.plugin.tp_group) == 0
+
+    def seed_dropout(self, seed: int) -> None:
+        """Draw different dropout masks on data-parallel ranks, the same on tensor-parallel ones."""
+        torch.manual_seed(seed + 1 + self.dp_rank)
+
+    def forward_backward(self, batch: dict[str, Tensor], scale: Tensor, *, last: bool) -> Tensor:
+        """Add the gradients of one micro-batch and return its summed loss.
+
+        Args:
+            batch: input_ids and labels, (B, T) int64.
+            scale: scalar; the gradients are those of `scale` x the summed loss, averaged over data-parallel ranks.
+            last: whether the step's gradients are complete, and may be exchanged, after this one.
+        """
+        with self._accumulation(last):
+            if self.is_pipeline:
+                return self._run_pipeline(batch, scale)
+            loss = self.model(**_to_device(batch, self.runtime.device)).loss
+            self.booster.backward(loss * scale, self.optimizer)
+        return self._counted(loss.detach())
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the summed loss of one micro-batch in evaluation mode."""
+        self.model.eval()
+        try:
+            if self.is_pipeline:
+                # Outside no_sync the plugin sums gradients of tied weights that evaluation has not made.
+                with self.model.no_sync():
+                    return self._run_pipeline(batch, None)
+            return self._counted(self.model(**_to_device(batch, self.runtime.device)).loss)
+        finally:
+            self.model.train()
+
+    def step(self) -> float | None:
+        """Clip, update the weights, advance the schedule, and return the gradient norm where it is known."""
+        from colossal_ext.grad_norm import grad_norm
+
+        clips_here = self.args.max_grad_norm and self.args.plugin.startswith("torch_ddp")
+        norm = self._clip() if clips_here else None
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.args.max_grad_norm and norm is None:
+            norm = grad_norm(self.optimizer)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _clip(self) -> float:
+        """Clip the gradients of TorchDDP, which leaves that to the user, and return their norm before."""
+        if self.args.precision == "fp16":
+            self.optimizer.unscale_grad()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        # On a CPU torch adds the squares of a tensor in fp32: 1e-4 off for an embedding's three million.
+        dtype = torch.float64 if self.runtime.on_cpu else torch.float32
+        norms = torch._foreach_norm([parameter.grad for parameter in parameters], 2, dtype=dtype)
+        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+        nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm.item()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    def close(self) -> None:
+        """Drop everything boosted, so that the plugin's process groups end before the default one."""
+        self.model = self.optimizer = self.scheduler = self.plugin = None
+        del self.booster
+        gc.collect()
+
+    def _counted(self, loss: Tensor) -> Tensor:
+        return loss.float() if self.counts else torch.zeros((), device=self.runtime.device)
+
+    def _accumulation(self, last: bool) -> AbstractContextManager[None]:
+        """Return the context that holds back the exchange of gradients until the last micro-batch."""
+        shards_gradients = self.args.plugin == "gemini" or self.args.zero_stage == 2
+        if last or shards_gradients:
+            return nullcontext()
+        return self.booster.no_sync(self.model, self.optimizer)
+
+    def _run_pipeline(self, batch: dict[str, Tensor], scale: Tensor | None) -> Tensor:
+        total = torch.zeros((), device=self.runtime.device)
+
+        def criterion(outputs: Any, inputs: Any) -> Tensor:
+            total.add_(outputs.loss.detach())
+            # The schedule divides by the number of micro-batches: a mean of means, undone here.
+            return outputs.loss * self.num_microbatches * (1.0 if scale is None else scale)
+
+        optimizer = None if scale is None else self.optimizer
+        self.booster.execute_pipeline(_once(batch), self.model, criterion, optimizer, return_loss=True)
+        return self._counted(total)
+
+
+def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    yield batch
+
+
+def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _compile(model: Any, *, by_layer: bool) -> None:
+    """Compile in place, so that parameter names stay; by decoder layer where the model's forward is replaced."""
+    if by_layer:
+        for layer in model.model.decoder.layers:
+            layer.compile()
+    else:
+        model.compile()
+
+
+def _make_booster(plugin: Any, mixed_precision: Any) -> Booster:
+    from colossalai.booster import Booster
+
+    return Booster(plugin=plugin, mixed_precision=mixed_precision)
+
+
+def make_optimizer(groups: list[dict[str, Any]], args: TrainArgs, learning_rate: float) -> Optimizer:
+    """Return Adam with decoupled weight decay, the same class for every plugin; needs no compiler."""
+    from colossal_ext.adam_kernels import CompileFreeAdam, register_adam_kernels
+
+    register_adam_kernels()
+    return CompileFreeAdam(
+        groups, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, adamw_mode=True
+    )
+
+
+def make_scheduler(optimizer: Optimizer, args: TrainArgs, num_steps: int) -> LRScheduler:
+    """Return the learning-rate schedule over `num_steps` steps, warm-up included."""
+    from transformers import get_scheduler
+
+    num_warmup_steps = args.num_warmup_steps or round(args.warmup_ratio * num_steps)
+    return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
+
+
+def _make_plugin(args: TrainArgs, runtime: Runtime, workload: Workload) -> tuple[Any, Any]:
+    """Return ColossalAI's plugin, and a MixedPrecision object for the one that needs it."""
+    if runtime.on_cpu:
+        from colossal_ext.host_accelerator import install_host_accelerator
+
+        install_host_accelerator()
+    return PLUGIN_TABLE[args.plugin].make(args, runtime, workload), _mixed_precision(args, runtime)
+
+
+def _mixed_precision(args: TrainArgs, runtime: Runtime) -> Any:
+    """Return what makes TorchDDP, the one plugin without a precision of its own, compute in 16 bits."""
+    if not args.plugin.startswith("torch_ddp") or args.precision == "fp32":
+        return None
+    from colossal_ext.mixed_precision import AutocastPrecision
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return AutocastPrecision(runtime.device.type, dtype, initial_scale=INITIAL_LOSS_SCALE)
+
+
+def _torch_ddp(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
+    from colossalai.booster.plugin import TorchDDPPlugin
+
+    return TorchDDPPlugin(gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def _low_level_zero(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
+    from colossalai.booster.plugin import LowLevelZeroPlugin
+
+    return LowLevelZeroPlugin(
+        stage=args.zero_stage,
+        precision=args.precision,
+        max_norm=args.max_grad_norm,
+        initial_scale=INITIAL_LOSS_SCALE,
+        overlap_communication=not runtime.on_cpu,  # its streams have no CPU form
+        cpu_offload=args.offload_optim_frac == 1,
+    )
+
+
+def _gemini(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
+    from colossalai.booster.plugin import GeminiPlugin
+
+    from colossal_ext.gemini_chunks import gemini_chunk_settings
+    from colossal_ext.gemini_host import install_gemini_host_chunks
+    from colossal_ext.gemini_placement import install_exact_placement
+
+    install_exact_placement()
+    if runtime.on_cpu:
+        install_gemini_host_chunks()
+    fractions = {"offload_optim_frac": args.offload_optim_frac, "offload_param_frac": args.offload_param_frac}
+    return GeminiPlugin(
+        placement_policy=args.placement,
+        precision=args.precision,
+        max_norm=args.max_grad_norm,
+        initial_scale=INITIAL_LOSS_SCALE,
+        enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
+        enable_async_reduce=not runtime.on_cpu,  # needs pinned memory, which needs a GPU
+        pin_memory=not runtime.on_cpu,
+        **(fractions if args.placement == "static" else {}),
+        **gemini_chunk_settings(workload.parameter_numels, runtime.world_size),
+    )
+
+
+def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
+    from colossalai.booster.plugin import HybridParallelPlugin
+
+    from colossal_ext.opt_policy import OPTCausalLMPolicy
+
+    interleaved = args.pp > 1 and args.pp_schedule == "interleaved"
+    return HybridParallelPlugin(
+        tp_size=args.tp,
+        pp_size=args.pp,
+        precision=args.precision,
+        zero_stage=args.zero_stage,
+        max_norm=args.max_grad_norm,
+        initial_scale=INITIAL_LOSS_SCALE,
+        num_microbatches=pipeline_microbatches(args) if args.pp > 1 else None,
+        pp_style=args.pp_schedule,
+        num_model_chunks=2 if interleaved else 1,
+        enable_metadata_cache=not workload.varying_length,
+        overlap_p2p=not runtime.on_cpu,  # hangs on gloo
+        overlap_communication=not runtime.on_cpu,
+        cpu_offload=False,
+        make_vocab_size_divisible_by=1,  # a padded vocabulary breaks upstream's optimizer checkpoint
+        custom_policy=OPTCausalLMPolicy(),
+    )
+
+
+@dataclass(frozen=True)
+class PluginRow:
+    """One line of the table of plugins.
+
+    Args:
+        make: returns ColossalAI's plugin for the settings.
+        divides: what is shared out among the GPUs, for the log.
+    """
+
+    make: Callable[[TrainArgs, Runtime, Workload], Any]
+    divides: str
+
+
+PLUGIN_TABLE = {
+    "torch_ddp": PluginRow(_torch_ddp, "the data"),
+    "torch_ddp_fp16": PluginRow(_torch_ddp, "the data"),
+    "low_level_zero": PluginRow(_low_level_zero, "the data and the optimizer states (stage 2: and the gradients)"),
+    "gemini": PluginRow(_gemini, "the data, the parameters, gradients and optimizer states"),
+    "hybrid_parallel": PluginRow(_hybrid_parallel, "the data, each layer by --tp, the depth by --pp"),
+}

@@ -1,0 +1,164 @@
+import math
+
+import pytest
+import torch
+from transformers import OPTForCausalLM
+
+from args import ConfigError, TrainArgs
+from model import (
+    build_model,
+    check_first_loss,
+    count_targets,
+    find_model,
+    layout_problems,
+    learning_rate,
+    load_tokenizer,
+    parameter_groups,
+    recompute_layers,
+    summed_loss,
+)
+from opt_sizes import OPT_SHAPES
+
+TINY = TrainArgs(model_name_or_path="tiny", from_scratch=True)
+
+
+def tiny_source(**changes):
+    return find_model(TrainArgs(model_name_or_path="tiny", from_scratch=True, **changes))
+
+
+@pytest.fixture
+def opt_folder(tmp_path):
+    build_model(tiny_source(), seed=0).save_pretrained(tmp_path / "opt")
+    return tmp_path / "opt"
+
+
+def test_the_loss_is_the_sum_of_negative_log_probabilities_of_the_real_targets():
+    logits = torch.tensor([[[0.0, 1.0, 2.0], [3.0, 0.0, 0.0], [9.0, 9.0, 9.0]]])
+    labels = torch.tensor([[0, 2, -100]])
+    by_hand = -math.log(math.exp(2) / (1 + math.exp(1) + math.exp(2)))
+    assert summed_loss(logits, labels).item() == pytest.approx(by_hand, rel=1e-6)
+    assert count_targets(labels) == 1
+
+
+def test_a_batch_of_padding_alone_has_loss_zero_and_no_gradient():
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    loss = summed_loss(logits, torch.full((2, 4), -100))
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_padding_on_the_right_changes_no_loss_though_no_mask_is_passed():
+    model = build_model(tiny_source(), seed=0).eval()
+    ids = torch.randint(5, 1000, (1, 9))
+    padded = torch.nn.functional.pad(ids, (0, 6), value=1)
+    labels = torch.nn.functional.pad(ids, (0, 6), value=-100)
+    assert torch.allclose(model(input_ids=ids, labels=ids).loss, model(input_ids=padded, labels=labels).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["tiny", "125m", "350m"])
+def test_the_built_model_has_exactly_the_parameters_of_the_table(size):
+    source = find_model(TrainArgs(model_name_or_path=size, from_scratch=True))
+    with torch.device("meta"):
+        model = OPTForCausalLM(source.config)
+    assert model.num_parameters() == OPT_SHAPES[size].num_params
+
+
+def test_the_same_seed_builds_the_same_weights():
+    first, second = (build_model(tiny_source(), seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_biases_and_layer_norms_are_not_decayed():
+    decayed, free = parameter_groups(build_model(tiny_source(), seed=0), 0.1)
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in free["params"]} == {1}
+
+
+def test_a_local_folder_gives_back_its_weights(opt_folder):
+    source = find_model(TrainArgs(model_name_or_path=str(opt_folder)))
+    loaded, written = build_model(source, seed=1), build_model(tiny_source(), seed=0)
+    assert source.pretrained
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), written.parameters(), strict=True))
+
+
+def test_a_folder_with_bin_weights_loads_too(opt_folder):
+    state = OPTForCausalLM.from_pretrained(opt_folder).state_dict()
+    (opt_folder / "model.safetensors").unlink()
+    torch.save(state, opt_folder / "pytorch_model.bin")
+    loaded = build_model(find_model(TrainArgs(model_name_or_path=str(opt_folder))), seed=1)
+    assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(opt_folder):
+    model = OPTForCausalLM.from_pretrained(opt_folder)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.3.fc1" not in name}
+    (opt_folder / "model.safetensors").unlink()
+    torch.save(state, opt_folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"lack 2 tensors, first model.decoder.layers.3.fc1.bias"):
+        build_model(find_model(TrainArgs(model_name_or_path=str(opt_folder))), seed=1)
+
+
+def test_a_pretrained_start_at_chance_is_an_error(opt_folder):
+    source = find_model(TrainArgs(model_name_or_path=str(opt_folder)))
+    check_first_loss(4.0, source)
+    check_first_loss(10.8, tiny_source())
+    with pytest.raises(ConfigError, match="the weights were not loaded"):
+        check_first_loss(10.8, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./no/such/folder", "no such folder"),
+        ("175b", "not public"),
+        ("no-such-org/opt-7b", "cannot be had from the hub"),
+    ],
+)
+def test_an_unknown_model_is_one_clear_error(name, reason, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=reason):
+        find_model(TrainArgs(model_name_or_path=name))
+
+
+def test_a_folder_without_weights_names_what_it_lacks(opt_folder):
+    (opt_folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="holds no"):
+        find_model(TrainArgs(model_name_or_path=str(opt_folder)))
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(real_data):
+    source = tiny_source()
+    source.config.vocab_size = 1000
+    args = TrainArgs(model_name_or_path="tiny", tokenizer_name=str(real_data / "opt-tokenizer"))
+    with pytest.raises(ConfigError, match="50265 words, more than the model's 1000"):
+        load_tokenizer(args, source)
+
+
+def test_a_layout_that_does_not_divide_the_model_is_refused():
+    args = TrainArgs(model_name_or_path="tiny", plugin="hybrid_parallel", tp=8, pp=5)
+    found = layout_problems(tiny_source(), args)
+    assert "--tp 8: must divide tiny's attention heads, 4" in found
+    assert "--pp 5: needs at least 5 layers, tiny has 4" in found
+
+
+def test_the_learning_rate_follows_the_weights(opt_folder):
+    assert learning_rate(TINY, tiny_source()) == OPT_SHAPES["tiny"].learning_rate
+    assert learning_rate(TINY, find_model(TrainArgs(model_name_or_path=str(opt_folder)))) == 5e-5
+    assert learning_rate(TrainArgs(learning_rate=0.5), tiny_source()) == 0.5
+
+
+def test_only_the_first_layers_are_recomputed():
+    model = build_model(tiny_source(), seed=0)
+    recompute_layers(model, 3)
+    assert [layer.gradient_checkpointing for layer in model.model.decoder.layers] == [True, True, True, False]
+
+
+def test_recomputing_changes_no_gradient():
+    ids = torch.randint(5, 1000, (2, 16))
+    gradients = []
+    for num_layers in (0, 4):
+        model = build_model(tiny_source(dropout=0.0), seed=0)
+        recompute_layers(model, num_layers)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(model.model.decoder.layers[0].fc1.weight.grad)
+    assert torch.equal(*gradients)

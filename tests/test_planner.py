@@ -1,0 +1,498 @@
+"""planner.py: predictions against arithmetic, autograd and measured runs; the choice; the advice."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM
+
+from args import TrainArgs, parse_args, problems
+from model import opt_config, recompute_layers, summed_loss
+from opt_sizes import OPT_SHAPES, OPTShape
+from planner import GIB, ModelShape, PlanRequest, layer_activation_bytes, model_shape, oom_advice, plan, resolve_auto
+
+SMALL = OPTShape(num_layers=4, hidden_size=128, num_heads=4, learning_rate=1e-3, vocab_size=2000, max_positions=256)
+
+
+def shape_of(size: str) -> ModelShape:
+    return model_shape(OPT_SHAPES[size])
+
+
+def request_of(size: str = "125m", plugin: str = "torch_ddp", **changes: Any) -> PlanRequest:
+    """Return a request on one 80 GiB GPU, 32 rows of 1024 tokens, unless `changes` say otherwise."""
+    request = PlanRequest(
+        shape=shape_of(size),
+        plugin=plugin,
+        precision="bf16",
+        world_size=1,
+        batch_size=32,
+        block_size=1024,
+        zero_stage=int(plugin == "low_level_zero"),
+        gpu_gib=80,
+    )
+    return replace(request, **changes)
+
+
+# ---------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("size", OPT_SHAPES)
+def test_layers_and_the_rest_are_all_parameters(size: str) -> None:
+    shape, opt = shape_of(size), OPT_SHAPES[size]
+    one_layer_more = replace(opt, num_layers=opt.num_layers + 1)
+    assert shape.num_params == opt.num_params
+    assert shape.layer_params == one_layer_more.num_params - opt.num_params
+
+
+def test_another_decoder_is_described_by_its_true_count() -> None:
+    shape = model_shape(OPT_SHAPES["125m"], num_params=200_000_000)
+    assert shape.num_params == 200_000_000
+    assert shape.layer_params == (200_000_000 - 50272 * 768) // 12
+    assert shape.matrix_params == pytest.approx(200_000_000, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------- states
+
+STATES = ("parameters", "gradients", "master_weights", "optimizer_moments")
+
+
+def state_bytes(moment: str, **changes: Any) -> list[float]:
+    """Return bytes a parameter of each kind of state, with so few tokens that activations are nothing."""
+    request = request_of(size="1.3b", **{"batch_size": 1, "block_size": 2, **changes})
+    predicted = plan(request)
+    assert predicted.moment == moment
+    return [getattr(predicted.device_bytes, name) / request.shape.num_params for name in STATES]
+
+
+def test_ddp_replicates_sixteen_bytes_a_parameter() -> None:
+    for precision in ("fp32", "bf16"):
+        assert state_bytes("loss", plugin="torch_ddp", precision=precision, compiled=True)[1:] == [4, 0, 8]
+    assert state_bytes("loss", plugin="torch_ddp", precision="fp32", world_size=8)[0] == 4
+
+
+def test_zero_divides_master_weights_and_moments_and_stage_2_gradients_too() -> None:
+    stage_1 = state_bytes("optimizer step", plugin="low_level_zero", zero_stage=1, world_size=4)
+    stage_2 = state_bytes("optimizer step", plugin="low_level_zero", zero_stage=2, world_size=4)
+    norm_copy = 8 * 50272 * 2048 / 4 / OPT_SHAPES["1.3b"].num_params
+    assert stage_1 == pytest.approx([2, 2 + 1 + norm_copy, 1, 2])
+    assert stage_2 == pytest.approx([2, 0.5 + 1 + norm_copy, 1, 2])
+
+
+def test_gradients_are_there_at_the_loss_only_where_a_step_accumulates() -> None:
+    assert state_bytes("loss", plugin="low_level_zero", batch_size=32, block_size=1024)[1] == 0
+    accumulating = state_bytes("loss", plugin="low_level_zero", batch_size=32, block_size=1024, accumulates=True)
+    assert accumulating[1] == 2
+
+
+def test_offloaded_zero_keeps_its_optimizer_states_on_the_host() -> None:
+    kept = plan(request_of("6.7b", "low_level_zero"))
+    moved = plan(request_of("6.7b", "low_level_zero", offload_optim_frac=1.0))
+    assert moved.device_bytes.master_weights == moved.device_bytes.optimizer_moments == 0
+    # 12 bytes of states and 4 of fp32 gradients a parameter instead of the 4 that pass through while loading.
+    assert moved.host_bytes - kept.host_bytes == 12 * shape_of("6.7b").num_params
+
+
+def test_gemini_divides_everything_and_keeps_gradients_in_the_parameters_storage() -> None:
+    assert state_bytes("loss", plugin="gemini", world_size=4) == pytest.approx([0.5, 0, 1, 2])
+    assert state_bytes("loss", plugin="gemini", world_size=4, accumulates=True) == pytest.approx([0.5, 0.5, 1, 2])
+
+
+def test_gemini_moves_optimizer_states_to_the_host_by_their_share() -> None:
+    predicted = [plan(request_of("1.3b", "gemini", offload_optim_frac=share)) for share in (0.0, 0.5, 1.0)]
+    masters = [each.device_bytes.master_weights / shape_of("1.3b").num_params for each in predicted[:2]]
+    assert masters == pytest.approx([4, 2])
+    assert predicted[0].total_bytes > predicted[1].total_bytes > predicted[2].total_bytes
+    assert predicted[0].host_bytes < predicted[1].host_bytes < predicted[2].host_bytes
+
+
+def test_gemini_needs_all_master_weights_on_the_device_while_it_is_built() -> None:
+    predicted = plan(request_of("6.7b", "gemini", batch_size=1, offload_optim_frac=1.0))
+    assert predicted.moment == "build"
+    assert predicted.device_bytes.master_weights == 4 * shape_of("6.7b").num_params
+
+
+def test_tensor_parallelism_halves_states_and_pipelines_share_the_layers() -> None:
+    whole = plan(request_of("1.3b", "hybrid_parallel", batch_size=4, block_size=128)).device_bytes.parameters
+    tp_2 = plan(request_of("1.3b", "hybrid_parallel", batch_size=4, block_size=128, world_size=2, tp=2))
+    pp_2 = plan(
+        request_of("1.3b", "hybrid_parallel", batch_size=4, block_size=128, world_size=2, pp=2, num_microbatches=2)
+    )
+    layers = shape_of("1.3b").layer_params * 24
+    assert tp_2.device_bytes.parameters == whole // 2
+    assert pp_2.device_bytes.parameters == whole - 2 * layers // 2
+
+
+# ---------------------------------------------------------------------------- activations against autograd
+
+
+class LiveBytes(TorchDispatchMode):
+    """Records the most bytes of storages alive at once, of those made inside the context."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self.watch(tensor.untyped_storage())
+        return result
+
+    def watch(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self.alive and key not in self.weights:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key, None)
+            self.peak = max(self.peak, sum(self.alive.values()))
+
+
+def small_model(dtype: torch.dtype, vocab_size: int = SMALL.vocab_size) -> Any:
+    config = opt_config(replace(SMALL, vocab_size=vocab_size))
+    config.dropout, config.use_cache, config.pad_token_id = 0.0, False, 1
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(dtype)
+    model.loss_function = summed_loss
+    return model.train()
+
+
+def small_request(**changes: Any) -> PlanRequest:
+    return request_of(shape=model_shape(SMALL), batch_size=4, block_size=128, dropout=False, gpu_gib=None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "precision"), [("hybrid_parallel", "fp32"), ("gemini", "bf16"), ("torch_ddp", "bf16")]
+)
+def test_a_layer_keeps_what_autograd_saves(plugin: str, precision: str) -> None:
+    request = small_request(plugin=plugin, precision=precision)
+    layer = small_model(
+        torch.float32 if request.autocast or precision == "fp32" else torch.bfloat16
+    ).model.decoder.layers[0]
+    weights = {parameter.numel() for parameter in layer.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Any) -> Any:
+        if tensor.numel() not in weights:  # neither a weight nor autocast's copy of one
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.randn(3, 100, 128, dtype=layer.fc1.weight.dtype, requires_grad=True)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=request.autocast)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        kept = layer(hidden * 1)
+    assert layer_activation_bytes(request) * 300 == pytest.approx(sum(saved.values()), rel=0.015)
+    del kept
+
+
+@pytest.mark.parametrize(("vocab_size", "moment"), [(2000, "loss"), (100, "backward")])
+@pytest.mark.parametrize("checkpointed_layers", [0, 4])
+@pytest.mark.parametrize(
+    ("plugin", "precision"), [("hybrid_parallel", "fp32"), ("gemini", "bf16"), ("torch_ddp", "bf16")]
+)
+def test_activations_and_logits_are_the_measured_peak_of_forward_and_backward(
+    plugin: str, precision: str, checkpointed_layers: int, vocab_size: int, moment: str
+) -> None:
+    request = small_request(plugin=plugin, precision=precision, checkpointed_layers=checkpointed_layers)
+    request = replace(request, shape=model_shape(replace(SMALL, vocab_size=vocab_size)), batch_size=32, block_size=256)
+    model = small_model(torch.float32 if request.autocast or precision == "fp32" else torch.bfloat16, vocab_size)
+    recompute_layers(model, checkpointed_layers)
+    tokens = torch.randint(4, vocab_size, (32, 256))
+    with LiveBytes(model) as measured:
+        with torch.autocast("cpu", torch.bfloat16, enabled=request.autocast):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+    predicted = plan(request)
+    assert predicted.moment == moment
+    device = predicted.device_bytes
+    assert device.activations + device.logits == pytest.approx(measured.peak, rel=0.04)
+
+
+# ---------------------------------------------------------------------------- measured runs
+
+MEASURED_ON_H100 = [
+    # One H100, 2026-11, torch 2.11: 125m, 32 x 1024, bf16. GiB allocated.
+    (request_of(plugin="low_level_zero"), 27.6),
+    (request_of(plugin="torch_ddp", compiled=True), 19.8),
+]
+
+
+@pytest.mark.parametrize(("request_", "measured_gib"), MEASURED_ON_H100)
+def test_prediction_is_near_what_was_measured(request_: PlanRequest, measured_gib: float) -> None:
+    device = plan(request_).device_bytes
+    assert (device.total - device.framework) / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
+def test_recompute_offload_and_smaller_batches_never_need_more() -> None:
+    for plugin in ("torch_ddp", "low_level_zero", "gemini", "hybrid_parallel"):
+        full = plan(request_of("1.3b", plugin)).total_bytes
+        assert plan(request_of("1.3b", plugin, checkpointed_layers=24)).total_bytes < full
+        assert plan(request_of("1.3b", plugin, batch_size=16)).total_bytes < full
+        assert plan(request_of("1.3b", plugin, block_size=512)).total_bytes < full
+
+
+def test_the_first_pipeline_stage_holds_as_many_micro_batches_as_there_are_stages() -> None:
+    # Few words, so that the last stage's logits do not decide.
+    shape = replace(shape_of("1.3b"), vocab_size=100)
+
+    def activations(**layout: int) -> int:
+        return plan(request_of(plugin="hybrid_parallel", shape=shape, **layout)).device_bytes.activations
+
+    whole = activations()
+    assert activations(world_size=4, pp=4, num_microbatches=4) == pytest.approx(whole / 4, rel=0.05)
+    assert activations(world_size=4, pp=4, num_microbatches=16) == pytest.approx(whole / 16, rel=0.05)
+
+
+def test_tensor_parallelism_divides_the_logits() -> None:
+    whole, half = (
+        plan(request_of(plugin="hybrid_parallel", world_size=tp, tp=tp)).device_bytes.logits for tp in (1, 2)
+    )
+    assert half == whole // 2 > 0
+
+
+# ---------------------------------------------------------------------------- limits
+
+
+def test_limit_is_the_smaller_of_gpu_and_cap_and_a_cap_counts_in_powers_of_ten() -> None:
+    assert plan(request_of(mem_cap_gb=24)).limit_bytes == 24 * 10**9
+    assert plan(request_of(mem_cap_gb=100)).limit_bytes == 80 * 2**30
+    assert plan(request_of(gpu_gib=None)).limit_bytes is None
+
+
+def test_a_setting_fits_only_with_the_margin_to_spare() -> None:
+    need_gib = plan(request_of()).total_bytes / GIB
+    assert not plan(request_of(gpu_gib=need_gib / 0.91)).fits
+    assert plan(request_of(gpu_gib=need_gib / 0.89)).fits
+
+
+def test_the_host_of_all_its_processes_limits_too() -> None:
+    full = request_of("6.7b", "gemini", offload_optim_frac=1.0, checkpointed_layers=32, batch_size=4)
+    assert plan(full).fits
+    assert not plan(replace(full, host_gib=64)).fits
+    assert not plan(replace(full, host_gib=128, processes_per_host=2)).fits
+
+
+def test_on_a_cpu_the_device_is_the_host() -> None:
+    predicted = plan(request_of("tiny", gpu_gib=None, precision="fp32", processes_per_host=2, batch_size=2))
+    assert predicted.host_bytes == 2 * (predicted.total_bytes + GIB // 2)
+    assert predicted.device_bytes.framework == 0
+
+
+def test_description_names_totals_limits_and_categories() -> None:
+    text = plan(request_of(host_gib=64)).describe()
+    for part in ("of 80.0 GiB a device (loss:", "optimizer moments 0.93", "activations", "logits", "of 64.0 GiB"):
+        assert part in text
+    assert "master weights" not in text
+
+
+# ---------------------------------------------------------------------------- choice
+
+
+def choose(size: str, gpu_gib: float | None = 80, *, world_size: int = 1, host_gib: float = 128, **flags: Any) -> Any:
+    return resolve_auto(TrainArgs(**flags), shape_of(size), world_size, gpu_gib, host_gib)
+
+
+def test_a_small_model_takes_ddp_without_recompute() -> None:
+    choice = choose("125m")
+    assert (choice.plugin, choice.precision, choice.checkpointed_layers, choice.fits) == ("torch_ddp", "bf16", 0, True)
+
+
+def test_less_memory_leads_from_ddp_over_recompute_to_offload() -> None:
+    choices = [choose("1.3b", gpu_gib=gib) for gib in (80, 40, 24, 18)]
+    plugins = [choice.plugin for choice in choices]
+    assert all(choice.fits for choice in choices)
+    assert plugins == ["torch_ddp", "torch_ddp", "gemini", "gemini"]
+    assert choices[0].checkpointed_layers == 0 < choices[1].checkpointed_layers
+    assert choices[1].offload_optim_frac == 0 < choices[2].offload_optim_frac < choices[3].offload_optim_frac
+
+
+def test_several_gpus_shard_before_they_offload() -> None:
+    choice = choose("2.7b", gpu_gib=40, world_size=4, host_gib=512, per_device_train_batch_size=4)
+    assert (choice.plugin, choice.offload_optim_frac, choice.fits) == ("low_level_zero", 0, True)
+
+
+def test_no_more_layers_are_recomputed_than_needed() -> None:
+    need_gib = plan(request_of("350m", batch_size=16, compiled=True)).total_bytes / GIB
+    numbers = [choose("350m", gpu_gib=share * need_gib / 0.9).checkpointed_layers for share in (1.001, 0.999, 0.9)]
+    assert numbers[:2] == [0, 1]
+    fewer = request_of("350m", batch_size=16, compiled=True, checkpointed_layers=numbers[2] - 1)
+    assert not plan(replace(fewer, gpu_gib=need_gib)).fits
+
+
+def test_flags_that_are_given_stand() -> None:
+    choice = choose("1.3b", plugin="gemini", gradient_checkpointing="3", offload_optim_frac=0.25)
+    assert (choice.plugin, choice.checkpointed_layers, choice.offload_optim_frac) == ("gemini", 3, 0.25)
+    assert choose("1.3b", plugin="low_level_zero", gradient_checkpointing="on").checkpointed_layers == 24
+    assert choose("1.3b", gpu_gib=8, gradient_checkpointing="off").checkpointed_layers == 0
+    assert choose("1.3b", gradient_checkpointing="99").checkpointed_layers == 24
+
+
+def test_rows_are_never_planned_longer_than_the_model_can_address() -> None:
+    assert choose("125m", block_size=9999).plan == choose("125m", block_size=2048).plan
+
+
+def test_a_cap_is_kept_like_a_smaller_gpu() -> None:
+    choice = choose("1.3b", gpu_gib=80, mem_cap=24)
+    assert choice.fits
+    assert choice.plan.total_bytes <= 0.9 * 24e9
+
+
+def test_on_a_cpu_auto_is_ddp_in_fp32_without_recompute() -> None:
+    for size, fits in (("tiny", True), ("6.7b", False)):
+        choice = choose(size, gpu_gib=None, world_size=2, host_gib=32)
+        assert (choice.plugin, choice.precision, choice.checkpointed_layers) == ("torch_ddp", "fp32", 0)
+        assert choice.fits is fits
+
+
+def test_on_a_cpu_a_cap_is_applied_to_the_plan() -> None:
+    flags = {"mem_cap": 3, "block_size": 128, "per_device_train_batch_size": 8}
+    recomputing = choose("125m", gpu_gib=None, host_gib=512, **flags)
+    assert (recomputing.plugin, recomputing.fits) == ("torch_ddp", True)
+    assert recomputing.checkpointed_layers > 0
+    other = choose("125m", gpu_gib=None, host_gib=512, gradient_checkpointing="off", **flags)
+    assert other.plugin != "torch_ddp"
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugin", "precision"),
+    [
+        ({"precision": "fp16"}, "torch_ddp_fp16", "fp16"),
+        ({"precision": "fp32"}, "torch_ddp", "fp32"),
+        ({"plugin": "torch_ddp_fp16"}, "torch_ddp_fp16", "fp16"),
+        ({"plugin": "gemini"}, "gemini", "bf16"),
+    ],
+)
+def test_precision_follows_the_flags(flags: dict[str, str], plugin: str, precision: str) -> None:
+    choice = choose("125m", **flags)
+    assert (choice.plugin, choice.precision) == (plugin, precision)
+
+
+def test_a_gpu_without_bf16_takes_fp16() -> None:
+    choice = resolve_auto(TrainArgs(block_size=256), shape_of("125m"), 1, 16, 64, has_bf16=False)
+    assert (choice.plugin, choice.precision) == ("torch_ddp_fp16", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "zero_stage", "precision"),
+    [
+        ("gemini", None, "bf16"),
+        ("low_level_zero", None, "fp32"),
+        ("hybrid_parallel", 1, "bf16"),
+        ("torch_ddp_fp16", None, "fp16"),
+    ],
+)
+def test_precision_on_a_cpu_is_what_the_plugin_has(plugin: str, zero_stage: int | None, precision: str) -> None:
+    assert choose("tiny", gpu_gib=None, plugin=plugin, zero_stage=zero_stage).precision == precision
+
+
+def test_what_auto_may_not_choose_is_never_chosen() -> None:
+    for flags in ({"compile": "on"}, {"precision": "fp32"}):
+        assert choose("13b", gpu_gib=24, **flags).plugin != "gemini"
+
+
+def test_where_nothing_fits_the_smallest_is_taken_and_said_to_be_too_large() -> None:
+    choice = choose("175b", gpu_gib=80)
+    assert not choice.fits
+    assert "NOT to fit" in choice.reason
+    assert "\n" not in choice.reason
+
+
+def test_every_choice_is_accepted_by_the_argument_checks() -> None:
+    for size in OPT_SHAPES:
+        for mem_cap in (0.0, 8.0, 24.0):
+            choice = choose(size, mem_cap=mem_cap)
+            args = TrainArgs(
+                plugin=choice.plugin,
+                precision=choice.precision,
+                gradient_checkpointing=str(choice.checkpointed_layers),
+                offload_optim_frac=choice.offload_optim_frac,
+                offload_param_frac=choice.offload_param_frac,
+            )
+            assert problems(args, world_size=1, num_gpus=1, gpus_per_node=1) == []
+
+
+# ---------------------------------------------------------------------------- advice
+
+
+def advise(given: TrainArgs, *, world_size: int = 1, **used: Any) -> list[str]:
+    return oom_advice(given, replace(given, **used), num_layers=24, world_size=world_size)
+
+
+def test_advice_starts_with_recompute_and_then_halves_the_batch() -> None:
+    assert advise(TrainArgs(plugin="torch_ddp"), gradient_checkpointing="0") == [
+        "--gradient_checkpointing on",
+        "--per_device_train_batch_size 8 --gradient_accumulation_steps 2",
+        "--plugin gemini",
+        "--plugin gemini --offload_optim_frac 1",
+        "--plugin gemini --offload_optim_frac 1 --offload_param_frac 1",
+        "--block_size 512",
+        "a smaller --model_name_or_path, or more GPUs",
+    ]
+
+
+def test_advice_leaves_out_what_is_in_force() -> None:
+    given = TrainArgs(
+        plugin="gemini",
+        gradient_checkpointing="on",
+        per_device_train_batch_size=1,
+        offload_optim_frac=1.0,
+        offload_param_frac=1.0,
+        block_size=128,
+    )
+    assert advise(given) == ["a smaller --model_name_or_path, or more GPUs"]
+
+
+def test_advice_names_what_auto_chose_since_it_would_choose_again() -> None:
+    advice = advise(TrainArgs(), plugin="gemini", gradient_checkpointing="24", offload_optim_frac=0.5)
+    batch = next(line for line in advice if "batch_size" in line)
+    assert batch.startswith("--plugin gemini --gradient_checkpointing 24 --offload_optim_frac 0.5 --per_device")
+
+
+def test_advice_does_not_stumble_over_what_was_filled_in_for_the_plugin() -> None:
+    advice = advise(TrainArgs(), plugin="low_level_zero", zero_stage=1, compile="on", precision="bf16")
+    assert "--plugin gemini" in advice
+
+
+def test_advice_keeps_the_global_batch() -> None:
+    given = TrainArgs(plugin="torch_ddp", per_device_train_batch_size=9, gradient_accumulation_steps=2)
+    assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 6" in advise(given)
+
+
+def test_advice_to_shard_comes_before_advice_to_offload_where_there_are_several_gpus() -> None:
+    advice = advise(TrainArgs(plugin="torch_ddp"), world_size=4)
+    assert advice.index("--plugin low_level_zero") < advice.index("--plugin gemini")
+    assert "--zero_stage 2" in advise(TrainArgs(plugin="low_level_zero", zero_stage=1), world_size=4)
+    assert "--plugin low_level_zero" not in advise(TrainArgs(plugin="torch_ddp"))
+
+
+def test_advice_names_the_cap() -> None:
+    assert "a higher --mem_cap than 8 GB" in advise(TrainArgs(plugin="torch_ddp", mem_cap=8.0))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--plugin torch_ddp --precision fp32",
+        "--plugin torch_ddp --compile on",
+        "--plugin torch_ddp_fp16",
+        "--plugin low_level_zero --zero_stage 1",
+        "--plugin hybrid_parallel --tp 2 --pp 2 --num_microbatches 4",
+        "--plugin hybrid_parallel --tp 2",
+        "--plugin gemini --offload_optim_frac 0.5",
+    ],
+)
+def test_every_advice_added_to_the_command_is_a_command_that_is_accepted(flags: str) -> None:
+    given = parse_args(flags.split())
+    advice = [line for line in advise(given, world_size=8) if line.startswith("--")]
+    assert advice
+    for line in advice:
+        changed = parse_args([*flags.split(), *line.split()])
+        assert changed != given
+        assert problems(changed, world_size=8, num_gpus=8, gpus_per_node=8) == []

@@ -1,0 +1,185 @@
+"""Whole runs of the command line, as a user starts them."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+from data import Collator, SyntheticRows
+
+# The same 4 rows a step in every run: 2 for each of two ranks, 4 for one.
+STRATEGIES = {
+    "torch_ddp": "--plugin torch_ddp",
+    "torch_ddp_fp16": "--plugin torch_ddp_fp16 --allow_cpu_fp16",
+    "zero 1": "--plugin low_level_zero",
+    "zero 2, accumulated": "--plugin low_level_zero --zero_stage 2 --per_device_train_batch_size 1 "
+    "--gradient_accumulation_steps 2",
+    "gemini": "--plugin gemini",
+    "tensor parallel": "--plugin hybrid_parallel --tp 2",
+    "pipeline": "--plugin hybrid_parallel --pp 2",
+    "recompute": "--plugin torch_ddp --gradient_checkpointing 2",
+}
+HALF_PRECISION = ("torch_ddp_fp16", "gemini")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, run_training):
+    return run_training(
+        tmp_path_factory.mktemp("reference"), *"--plugin torch_ddp --per_device_train_batch_size 4".split()
+    )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_on_two_ranks_trains_and_exports_the_model_of_one_process(name, reference, train):
+    run = train(*STRATEGIES[name].split(), "--save_final", world=2)
+    assert run.code == 0, run.output
+    tolerance = 2e-3 if name in HALF_PRECISION else 1e-5
+    assert run.losses == pytest.approx(reference.losses, rel=tolerance) and run.losses[-1] < run.losses[0]
+    assert run.result["eval"]["loss"] == pytest.approx(reference.result["eval"]["loss"], rel=tolerance)
+    assert exported_loss(run) == pytest.approx(run.result["eval"]["loss"], rel=tolerance)
+
+
+def exported_loss(run):
+    """Evaluate final/ in plain transformers on the run's own evaluation rows."""
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float32).eval()
+    rows = SyntheticRows(4, block_size=32, vocab_size=50272, seed=42, part=1)
+    batch = Collator(pad_token_id=1)([rows[index] for index in range(4)])["input_ids"]
+    with torch.no_grad():
+        return model(input_ids=batch, labels=batch).loss.item()
+
+
+def test_a_run_leaves_its_results_in_one_file(reference):
+    result = reference.result
+    assert result["status"] == "ok" and result["steps"] == 3 and result["plugin"] == "torch_ddp"
+    assert result["model"] == {"name": "tiny", "num_params": 3548672, "pretrained": False}
+    assert result["data"]["num_tokens"] == 3 * 4 * 32 and result["eval"]["num_tokens"] == 4 * 31
+    assert result["eval"]["perplexity"] == pytest.approx(math.exp(result["eval"]["loss"]))
+    assert result["throughput"]["tokens_per_s"] > 0 and result["throughput"]["mfu"] is None
+    assert result["memory"]["host_peak_rss_gib"] > 0.1 and result["plan"]["fits"]
+    assert len((reference.folder / "metrics.jsonl").read_text().splitlines()) == 4  # 3 steps and an evaluation
+
+
+def test_a_run_never_writes_over_another_unless_told(reference, run_training):
+    again = run_training(reference.folder.parent)
+    assert again.code == 2 and "already holds a run" in again.output and again.result == reference.result
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(train):
+    run = train("--learning_rate", "1e30", "--max_grad_norm", "0", "--save_final", world=2)
+    assert run.code == 4 and "stopped before the weights were updated" in run.output
+    assert run.result["status"] == "nan" and not (run.folder / "final").exists()
+
+
+def test_sigterm_ends_the_run_between_two_steps(tmp_path):
+    command = [sys.executable, str(ROOT / "train_clm.py"), "--output_dir", str(tmp_path / "run")]
+    flags = "--model_name_or_path tiny --from_scratch --dataset synthetic --block_size 32 --max_train_steps 100000"
+    with subprocess.Popen([*command, *flags.split()], stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("step"))
+        process.send_signal(signal.SIGTERM)
+        started = time.perf_counter()
+        output = process.stdout.read()
+    assert process.returncode == 143 and time.perf_counter() - started < 30
+    assert "status      interrupted" in output and "Traceback" not in output
+
+
+def test_a_rank_that_fails_takes_the_others_along(train, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    import torch.distributed as dist\n    real = dist.all_reduce\n    calls = []\n"
+        "    def broken(*args, **kwargs):\n        calls.append(1)\n"
+        "        if len(calls) == 3:\n            raise RuntimeError('planted')\n        return real(*args, **kwargs)\n"
+        "    dist.all_reduce = broken\n"
+    )
+    started = time.perf_counter()
+    run = train(world=2, PYTHONPATH=str(tmp_path))
+    assert run.code != 0 and "[rank 1]" in run.output and "planted" in run.output
+    assert time.perf_counter() - started < 60
+
+
+BAD_INPUT = [
+    ("--plugin gemini --precision fp32", "gemini trains in bf16 or fp16"),
+    ("--precision fp16", "fp16 needs a GPU"),
+    ("--plugin hybrid_parallel --tp 2", "--tp 2 x --pp 1: must divide the 1 processes"),
+    ("--plugin hybrid_parallel --tp 1 --pp 1 --num_microbatches -1", "--num_microbatches -1: must be at least 0"),
+    ("--model_name_or_path ./nowhere", "--model_name_or_path ./nowhere: no such folder"),
+    ("--dataset wikitext --train_file nowhere.txt", "nowhere.txt"),
+    ("--num_samples 2", "need a tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_INPUT)
+def test_bad_input_is_one_clear_error_before_anything_is_written(flags, message, tmp_path):
+    command = [sys.executable, str(ROOT / "train_clm.py"), *"--model_name_or_path tiny --dataset synthetic".split()]
+    command += ["--output_dir", str(tmp_path / "run"), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_heads_that_tp_does_not_divide_are_refused(train):
+    run = train(*"--plugin hybrid_parallel --tp 3".split(), world=3)
+    assert run.code == 2 and run.output.count("--tp 3: must divide tiny's attention heads, 4") == 1
+
+
+def test_without_the_hub_the_message_names_the_files_to_give(tmp_path):
+    command = [sys.executable, str(ROOT / "train_clm.py"), *"--model_name_or_path 125m --dataset netflix".split()]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert all(
+        advice in done.stderr for advice in ("--model_name_or_path DIR", "--tokenizer_name DIR", "--train_file FILE")
+    )
+    assert time.perf_counter() - started < 30
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_training, real_data):
+    """Tiny, trained on real Netflix descriptions until it is clearly better than chance."""
+    flags = (
+        "--dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 --per_device_train_batch_size 8 "
+        "--num_train_epochs 1 --max_train_steps 40 --learning_rate 5e-3 --save_final --num_samples 1 --prompt Love"
+    )
+    sources = [
+        "--train_file",
+        real_data / "netflix/netflix_titles.csv",
+        "--tokenizer_name",
+        real_data / "opt-tokenizer",
+    ]
+    return run_training(tmp_path_factory.mktemp("trained"), *flags.split(), *sources, world=2)
+
+
+def test_a_fine_tune_on_descriptions_learns_and_prints_texts(trained):
+    assert trained.code == 0, trained.output
+    assert trained.losses[-1] < 8.5 and trained.output.count("generated:") == 2
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(1, 1), (3, 2), (8, 1)])
+def test_perplexity_depends_neither_on_the_batch_size_nor_on_the_ranks(batch_size, world, trained, train, real_data):
+    run = train(
+        *("--eval_only", "--dataset", "netflix", "--model_name_or_path", trained.folder / "final"),
+        *("--train_file", real_data / "netflix/netflix_titles.csv", "--block_size", 48, "--max_eval_samples", 21),
+        *("--per_device_eval_batch_size", batch_size),
+        world=world,
+        from_scratch=False,
+    )
+    assert run.code == 0, run.output
+    assert run.result["eval"]["loss"] == pytest.approx(trained.result["eval"]["loss"], rel=1e-6)
+    assert run.result["eval"]["num_tokens"] == trained.result["eval"]["num_tokens"]
+
+
+def test_a_pretrained_start_goes_on_from_the_trained_loss(trained, train, real_data):
+    run = train(
+        *("--dataset", "netflix", "--model_name_or_path", trained.folder / "final", "--block_size", 48),
+        *("--train_file", real_data / "netflix/netflix_titles.csv", "--max_train_samples", 50),
+        from_scratch=False,
+    )
+    assert run.code == 0, run.output
+    assert run.result["model"]["pretrained"] and run.losses[0] < 8.5

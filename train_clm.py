@@ -1,0 +1,282 @@
+"""Train a causal language model with ColossalAI: check, plan, build, train, report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from args import ConfigError, TrainArgs, parse_args, problems
+
+if TYPE_CHECKING:
+    from model import ModelSource
+    from planner import Choice
+    from recorder import Job, Recorder
+    from runtime import Runtime, StopSignal
+    from strategy import Engine
+
+WITHOUT_HUB = (
+    "the Hugging Face hub cannot be reached, and its cache lacks what this run needs; give local files instead: "
+    "--model_name_or_path DIR (or a size with --from_scratch), --tokenizer_name DIR, --train_file FILE"
+)
+
+# Heavy packages are imported inside the functions: --help and a bad flag answer at once, and what is imported finds
+# its chatter silenced and the hub's reachability settled.
+
+
+def main() -> None:
+    """Run the command line to its exit code."""
+    args = parse_args()
+    import runtime
+
+    runtime.run_to_exit(lambda process: run(args, process))
+
+
+def run(args: TrainArgs, process: Runtime) -> int:
+    """Do everything from the checks to the report, and return the exit code."""
+    import runtime
+
+    runtime.quiet_third_parties(process)
+    runtime.check_versions()
+    job, tokenizer = prepare(args, process)
+    runtime.start_process_group(process, timeout_s=args.ddp_timeout, mem_cap_gb=args.mem_cap)
+    import recorder
+
+    folder = agree_on_folder(job.args, process)
+    return guarded(args, job, recorder.Recorder(job, folder), tokenizer)
+
+
+def prepare(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
+    """Check all settings, find model, tokenizer and data, and resolve what is `auto`. No collective, no weights.
+
+    Returns:
+        The job and its tokenizer (None for synthetic tokens).
+
+    Raises:
+        ConfigError: with every problem that can be seen at this point.
+    """
+    import data
+    import runtime
+
+    found = problems(
+        args, world_size=process.world_size, num_gpus=process.num_gpus, gpus_per_node=process.local_world_size
+    )
+    found += data.problems(args) + output_problems(args)
+    if found:
+        raise ConfigError(*found)
+    has_hub = not needs_hub(args) or runtime.settle_hub()
+    try:
+        return find_everything(args, process)
+    except ConfigError as error:
+        if has_hub:
+            raise
+        raise ConfigError(*error.problems, WITHOUT_HUB) from None
+
+
+def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
+    """Return the job and its tokenizer, read from local files, the hub or its cache."""
+    import data
+    import model
+    import recorder
+
+    source = model.find_model(args)
+    tokenizer = model.load_tokenizer(args, source)
+    choice, args = resolve(args, process, source)
+    if found := model.layout_problems(source, args):
+        raise ConfigError(*found)
+    rows = data.prepare(
+        args,
+        tokenizer=tokenizer,
+        vocab_size=source.config.vocab_size,
+        max_positions=source.config.max_position_embeddings,
+        global_batch_size=args.global_batch_size(process.world_size),
+    )
+    return recorder.Job(args, process, source, model.shape_of(source), rows, choice), tokenizer
+
+
+def needs_hub(args: TrainArgs) -> bool:
+    """Return whether model, tokenizer or data are named by a hub id."""
+    own_model = args.model_size is not None and (args.from_scratch or args.model_size == "tiny")
+    local_model = own_model or Path(args.model_name_or_path).expanduser().is_dir()
+    if args.dataset == "synthetic":
+        return not local_model
+    local_tokenizer = Path(args.tokenizer_name or args.model_name_or_path).expanduser().is_dir()
+    return not (local_model and local_tokenizer and (args.train_file or args.validation_file))
+
+
+def output_problems(args: TrainArgs) -> list[str]:
+    """Return what is wrong with the flags about results."""
+    found = []
+    folder = Path(args.output_dir) if args.output_dir else None
+    if folder and folder.is_file():
+        found.append(f"--output_dir {folder}: is a file")
+    elif folder and (folder / "result.json").exists() and not args.overwrite_output_dir:
+        found.append(f"--output_dir {folder}: already holds a run; choose another, or add --overwrite_output_dir")
+    wants_text = bool(args.prompt or args.num_samples)
+    if wants_text and args.dataset == "synthetic" and not args.tokenizer_name:
+        found.append("--prompt and --num_samples: need a tokenizer; give --tokenizer_name")
+    if wants_text and not args.save_final and not args.eval_only:
+        found.append("--no-save_final: --prompt and --num_samples generate from final/, so keep it")
+    return found
+
+
+def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Choice, TrainArgs]:
+    """Return the planner's choice, and the settings with nothing left to choose."""
+    import model
+    import planner
+    import runtime
+    import strategy
+
+    choice = planner.resolve_auto(
+        args,
+        model.shape_of(source),
+        world_size=process.world_size,
+        gpu_gib=process.device_memory_gib,
+        host_gib=runtime.host_memory_gib(),
+        processes_per_host=process.local_world_size,
+        has_bf16=process.has_bf16,
+        dropout=getattr(source.config, "dropout", 0.0) > 0,
+    )
+    default_stage = {"low_level_zero": 1, "hybrid_parallel": 0}.get(choice.plugin)
+    args = replace(
+        args,
+        plugin=choice.plugin,
+        precision=choice.precision,
+        gradient_checkpointing=str(choice.checkpointed_layers),
+        offload_optim_frac=choice.offload_optim_frac,
+        offload_param_frac=choice.offload_param_frac,
+        zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
+    )
+    return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
+
+
+def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:
+    """Return the output folder: the flag, or a name with rank 0's time. A collective."""
+    import torch.distributed as dist
+
+    name = args.output_dir or f"outputs/{args.model_slug}-{args.plugin}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [name]
+    dist.broadcast_object_list(names, src=0, device=process.device)
+    return Path(names[0])
+
+
+def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
+    """Run the job, leave result.json however it ends, and return the exit code.
+
+    Args:
+        asked: the flags as the user gave them, for advice.
+    """
+    import torch
+
+    import planner
+    import report
+    import runtime
+    import trainer
+
+    stop = runtime.StopSignal()
+    try:
+        engine, interrupted = train(job, book, stop)
+        if not interrupted:
+            finish(job, engine, book.folder, tokenizer)
+    except trainer.NonFiniteLoss as error:
+        runtime.log.error(f"error: {error}; stopped before the weights were updated: try a lower --learning_rate")
+        book.write("nan")
+        return runtime.EXIT_NAN
+    except torch.OutOfMemoryError as error:
+        book.write("oom", alone=True)
+        advice = planner.oom_advice(
+            asked,
+            job.args,
+            num_layers=job.shape.num_layers,
+            world_size=job.process.world_size,
+            on_cpu=job.process.on_cpu,
+        )
+        head = f"error: out of GPU memory ({str(error).splitlines()[0]}). Try, in this order:"
+        print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
+        raise
+    result = book.write("interrupted" if interrupted else "ok")
+    engine.close()
+    for line in report.summary(result):
+        runtime.log.info(line)
+    return stop.exit_code if interrupted else runtime.EXIT_OK
+
+
+def train(job: Job, book: Recorder, stop: StopSignal) -> tuple[Engine, bool]:
+    """Build everything, then train and evaluate, or with --eval_only just evaluate.
+
+    Returns:
+        The engine, and whether a signal ended the training early.
+    """
+    import data
+    import model
+    import strategy
+    import trainer
+
+    args, rows = job.args, job.data
+    module = model.build_model(job.source, seed=args.seed)
+    model.recompute_layers(module, int(args.gradient_checkpointing))
+    engine = strategy.Engine(args, job.process, strategy.workload(module, varying_length=not args.packs_text))
+    train_batches, eval_batches = (
+        split and data.loader(split, engine.plugin, **loader_options(job, is_training=split is rows.train))
+        for split in (rows.train, rows.validation)
+    )
+    loop = trainer.Trainer(engine, stop, book.on_step)
+
+    def evaluate(epoch: int | None = None) -> None:
+        if eval_batches:
+            book.on_evaluation(loop.evaluate(eval_batches), epoch=epoch)
+
+    if not train_batches:
+        engine.boost(module, None, None)
+        evaluate()
+        return engine, False
+    schedule = trainer.plan_schedule(len(train_batches), args)
+    book.start(schedule.num_steps)
+    optimizer = strategy.make_optimizer(
+        model.parameter_groups(module, args.weight_decay), args, model.learning_rate(args, job.source)
+    )
+    engine.boost(module, optimizer, strategy.make_scheduler(optimizer, args, schedule.num_steps))
+    engine.seed_dropout(args.seed)
+    loop.train(
+        train_batches,
+        schedule,
+        at_first_loss=lambda loss: model.check_first_loss(loss, job.source),
+        at_epoch_end=evaluate if args.eval_strategy == "epoch" else None,
+    )
+    return engine, loop.interrupted
+
+
+def loader_options(job: Job, *, is_training: bool) -> dict[str, Any]:
+    """Return how a split is cut into batches."""
+    args = job.args
+    return {
+        "batch_size": args.train_batch_size if is_training else args.eval_batch_size,
+        "shuffle": is_training,
+        "seed": args.seed,
+        "pad_token_id": getattr(job.source.config, "pad_token_id", None) or 0,
+        "global_batch_size": args.global_batch_size(job.process.world_size) if is_training else None,
+        "num_workers": args.dataloader_num_workers,
+    }
+
+
+def finish(job: Job, engine: Engine, folder: Path, tokenizer: Any) -> None:
+    """Export the trained model, and print the texts that were asked for."""
+    import checkpoint
+    import runtime
+
+    args, weights = job.args, job.source.weights
+    if not args.eval_only and args.save_final:
+        checkpoint.export(engine, job.source, tokenizer, folder / "final")
+        weights = str(folder / "final")
+    if not (args.prompt or args.num_samples) or not job.process.is_main:
+        return
+    if weights is None:
+        raise ConfigError("--prompt and --num_samples: random weights have nothing to say; leave --eval_only away")
+    for text in checkpoint.generate(weights, tokenizer, args):
+        runtime.log.info(f"generated: {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""One step, one evaluation, and the loop."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from args import TrainArgs
+from data import EpochSampler
+from model import IGNORED, count_targets
+from runtime import StopSignal, log
+from strategy import Engine
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The global loss of a step is NaN or infinite; raised on every rank before the optimizer moved."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss of step {step} is {loss}")
+        self.step, self.loss = step, loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer update, summed over the world.
+
+    Args:
+        loss: mean over the step's real targets, nats a token.
+        grad_norm: global gradient norm before clipping, None where clipping is off.
+        num_tokens, num_samples: without padding.
+        seconds: wall time since the step before, loading included, synchronised with the device at both ends.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+    num_tokens: int
+    num_samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log-likelihood over `num_tokens` predicted tokens of the whole split."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the run is: epochs, and the number of steps at which it stops."""
+
+    num_epochs: int
+    num_steps: int
+
+
+def plan_schedule(batches_per_epoch: int, args: TrainArgs) -> Schedule:
+    """Return epochs and steps; `--max_train_steps` overrides the epochs."""
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    if args.max_train_steps is None:
+        return Schedule(args.num_train_epochs, steps_per_epoch * args.num_train_epochs)
+    return Schedule(math.ceil(args.max_train_steps / steps_per_epoch), args.max_train_steps)
+
+
+class Trainer:
+    """Runs an engine over its data and reports each step to `on_step`."""
+
+    def __init__(self, engine: Engine, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
+        self.engine, self.stop, self.on_step = engine, stop, on_step
+        self.step = 0
+        self.interrupted = False
+        self._clock = time.perf_counter()
+
+    def train(
+        self,
+        batches: DataLoader[Any],
+        schedule: Schedule,
+        *,
+        at_first_loss: Callable[[float], None] | None = None,
+        at_epoch_end: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train until the schedule ends or a signal asks to stop.
+
+        Args:
+            at_first_loss: gets the loss of the first step.
+            at_epoch_end: gets the epoch, from 0, also of one that the schedule cut short.
+
+        Raises:
+            NonFiniteLoss: on every rank, before the step's update.
+        """
+        accumulation_steps = self.engine.args.gradient_accumulation_steps
+        with logging_redirect_tqdm([log]), _progress_bar(schedule.num_steps, self.engine.runtime.is_main) as bar:
+            for epoch in range(schedule.num_epochs):
+                cast(EpochSampler, batches.sampler).set_epoch(epoch)
+                self._clock = time.perf_counter()
+                for micro_batches in _groups(batches, accumulation_steps):
+                    if self.step == schedule.num_steps or self.interrupted:
+                        break
+                    result = self.train_step(micro_batches)
+                    if at_first_loss and result.step == 1:
+                        at_first_loss(result.loss)
+                    self.on_step(result)
+                    _show(bar, result)
+                if at_epoch_end and not self.interrupted:
+                    at_epoch_end(epoch)
+
+    def train_step(self, micro_batches: list[Batch]) -> StepResult:
+        """Update the weights once from the rows of all ranks; the loss is normalised by their global target count."""
+        engine = self.engine
+        counts = self._global_counts(micro_batches)
+        scale = (engine.dp_size / counts[0].clamp(min=1)).float()
+        last = len(micro_batches) - 1
+        loss_sum = sum(
+            engine.forward_backward(batch, scale, last=index == last) for index, batch in enumerate(micro_batches)
+        )
+        # The all-reduce and `tolist` wait for the backward pass: every rank sees the same loss before it updates.
+        totals = torch.stack([loss_sum / counts[0].clamp(min=1), *counts])
+        dist.all_reduce(totals[:1])
+        loss, _, num_tokens, num_samples, stop = totals.tolist()
+        self.step += 1
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(self.step, loss)
+        learning_rate = engine.learning_rate
+        grad_norm = engine.step()
+        _synchronize(engine)
+        self.interrupted = stop > 0
+        started, self._clock = self._clock, time.perf_counter()
+        return StepResult(
+            self.step, loss, grad_norm, learning_rate, int(num_tokens), int(num_samples), self._clock - started
+        )
+
+    def _global_counts(self, micro_batches: list[Batch]) -> Tensor:
+        """Return (targets, tokens, rows, ranks asked to stop) of the step over the world, (4,) float64."""
+        own = [0, 0, 0]
+        if self.engine.counts:
+            labels = [batch["labels"] for batch in micro_batches]
+            own = [
+                sum(count_targets(each) for each in labels),
+                sum(int((each != IGNORED).sum()) for each in labels),
+                sum(int((each[:, 0] != IGNORED).sum()) for each in labels),
+            ]
+        counts = torch.tensor([*own, self.stop.number > 0], dtype=torch.float64, device=self.engine.runtime.device)
+        dist.all_reduce(counts)
+        return counts
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Return the mean loss over every real target of the split, whatever the batch size and number of ranks."""
+        engine = self.engine
+        totals = torch.zeros(2, dtype=torch.float64, device=engine.runtime.device)
+        for batch in batches:
+            totals[0] += engine.evaluate(batch).double()
+            totals[1] += count_targets(batch["labels"]) if engine.counts else 0
+        dist.all_reduce(totals)
+        loss_sum, num_targets = totals.tolist()
+        return Evaluation(loss_sum / max(num_targets, 1), int(num_targets))
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield lists of `size` batches, the last one of an epoch maybe shorter."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _synchronize(engine: Engine) -> None:
+    if not engine.runtime.on_cpu:
+        torch.cuda.synchronize(engine.runtime.device)
+
+
+def _progress_bar(num_steps: int, is_main: bool) -> tqdm:
+    # In a log file the lines of `--logging_steps` tell the same without redrawing.
+    return tqdm(total=num_steps, unit="step", disable=not (is_main and sys.stderr.isatty()), dynamic_ncols=True)
+
+
+def _show(bar: tqdm, result: StepResult) -> None:
+    memory = f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_available() else "host"
+    bar.set_postfix(
+        {"loss": f"{result.loss:.3f}", "tok/s": f"{result.num_tokens / result.seconds:,.0f}", "memory": memory},
+        refresh=False,
+    )
+    bar.update()
