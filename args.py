@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -84,6 +85,11 @@ class TrainArgs:
 
     output_dir: str | None = flag("output", None, "folder for results; off: outputs/<model>-<plugin>-<time>")
     overwrite_output_dir: bool = flag("output", False, "allow an output folder that already holds a run")
+    save_strategy: str = flag("output", "epoch", "checkpoints: at the end of each epoch (epoch), only as --save_steps and signals say (steps), or never (no)", choices=("epoch", "steps", "no"))
+    save_steps: int = flag("output", 0, "steps between two checkpoints, unless --save_strategy no; 0: off", type=int)
+    save_total_limit: int | None = flag("output", None, "newest checkpoints to keep; off: all", type=int)
+    resume_from_checkpoint: str | None = flag("output", None, "go on from this checkpoint folder, or `last`: the newest whole one in --output_dir; off: start anew", metavar="{DIR,last}")
+    export: str | None = flag("output", None, "only write the model of this checkpoint to --output_dir as a Hugging Face folder; off: train", metavar="CHECKPOINT")
     save_final: bool = flag("output", True, "write final/, a Hugging Face folder with the trained model", negatable=True)
     eval_only: bool = flag("output", False, "only print the perplexity of the model, train nothing")
     prompt: tuple[str, ...] = flag("output", (), "continue this text with the trained model; repeatable", action="append", metavar="TEXT")
@@ -182,6 +188,7 @@ def _number_problems(args: TrainArgs) -> list[str]:
         "tp": 1, "pp": 1, "max_train_samples": 1, "max_eval_samples": 1, "num_microbatches": 0,
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "seed": 0,
+        "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
     }  # fmt: skip
     between = {
         "dropout": (0, 1), "warmup_ratio": (0, 1), "offload_optim_frac": (0, 1), "offload_param_frac": (0, 1),
@@ -190,8 +197,9 @@ def _number_problems(args: TrainArgs) -> list[str]:
     found = [
         f"--{name} {value}: must be at least {low}"
         for name, low in at_least.items()
-        if (value := getattr(args, name)) is not None and not value >= low
+        if (value := getattr(args, name)) is not None and not low <= value < math.inf
     ]
+    found += [f"--{name} 1.0: must be below 1" for name in ("adam_beta1", "adam_beta2") if getattr(args, name) == 1]
     found += [
         f"--{name} {value}: must be between {low} and {high}"
         for name, (low, high) in between.items()
@@ -200,6 +208,8 @@ def _number_problems(args: TrainArgs) -> list[str]:
     checkpointing = args.gradient_checkpointing
     if checkpointing not in ("auto", "on", "off") and not checkpointing.isdecimal():
         found.append(f"--gradient_checkpointing {checkpointing}: must be auto, on, off or a number of layers")
+    if (args.num_warmup_steps or args.warmup_ratio) and args.lr_scheduler_type == "constant":
+        found.append("--lr_scheduler_type constant: has no warm-up; use constant_with_warmup")
     if args.num_warmup_steps and args.warmup_ratio:
         found.append("--num_warmup_steps and --warmup_ratio: give one of them")
     return found
@@ -229,6 +239,10 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--offload_param_frac: needs --offload_optim_frac 1")
     if on_cpu and args.placement == "auto":
         found.append("--placement auto: reads GPU memory statistics; use static on a CPU")
+    if args.placement == "auto" and (args.offload_optim_frac or args.offload_param_frac):
+        found.append("--placement auto: places states itself; leave --offload_optim_frac and --offload_param_frac away")
+    if plugin == "hybrid_parallel" and args.pp == 1 and (args.num_microbatches or args.pp_schedule != "1f1b"):
+        found.append("--num_microbatches and --pp_schedule: need --pp above 1")
     if args.compile == "on" and plugin == "gemini":
         found.append("--compile on: not with gemini, whose parameters change their storage; use off or auto")
     found += _unused_problems(args)

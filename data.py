@@ -505,7 +505,7 @@ class FileSource(Source):
 
     @property
     def path(self) -> Path:
-        return Path(self.name)
+        return Path(self.name).expanduser()
 
     @property
     def suffix(self) -> str:
@@ -789,7 +789,11 @@ def _check_beginning(source: FileSource) -> None:
             raise ConfigError(f"{source}: binary, or UTF-16; give {source.expected} in UTF-8")
         if head.isspace() and source.path.stat().st_size <= HEAD_BYTES:
             raise ConfigError(f"{source}: holds only white space; give a file with text")
-        if head.lstrip().startswith("[") and source.path.stat().st_size > HEAD_BYTES:
+        if (
+            source.suffix.startswith(".json")
+            and head.lstrip().startswith("[")
+            and source.path.stat().st_size > HEAD_BYTES
+        ):
             return  # a JSON list is read whole or not at all
     if is_table:
         next(source.rows(), None)
@@ -922,9 +926,6 @@ def loader(
     """
     if rows.lengths is None and pad_to is None:
         pad_to = rows.info.num_tokens // rows.info.num_rows
-    if num_workers:
-        # Forked workers tokenize nothing; unset, each would print a warning about it.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sampler = functools.partial(
         EpochSampler,
         seed=seed,
@@ -942,4 +943,6 @@ def loader(
         persistent_workers=num_workers > 0,
         distributed_sampler_cls=sampler,
         collate_fn=Collator(pad_token_id, pad_to),
+        # Its own, or each pass would draw its workers' seed from the generator that dropout draws from.
+        generator=torch.Generator().manual_seed(seed),
     )

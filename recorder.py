@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import report
 from args import TrainArgs
+from checkpoint import Found
 from data import PreparedData, TokenRows
 from model import ModelSource
 from planner import Choice, ModelShape
@@ -32,6 +33,7 @@ class Job:
     shape: ModelShape
     data: PreparedData
     choice: Choice
+    resume: Found | None = None
 
     @property
     def rows(self) -> TokenRows:
@@ -114,6 +116,10 @@ class Recorder:
                 f"over {evaluation.num_tokens:,} tokens"
             )
             self.metrics.append(step=len(self.losses), time_s=time.time(), eval_loss=evaluation.loss)
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """Log where a checkpoint was written."""
+        log.info(f"checkpoint {folder}")
 
     def write(self, status: report.Status, *, alone: bool = False) -> report.Result:
         """Write result.json and return what it holds.

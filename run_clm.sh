@@ -2,7 +2,7 @@
 # Trains or fine-tunes an OPT model on text with a ColossalAI strategy. The one place where torchrun is called.
 #
 # Hardware: NVIDIA GPUs, or two CPU cores for a rehearsal.
-# Time: the first call makes .venv (about 2 minutes); a rehearsal about a minute; training as long as its data.
+# Time: the first call makes .venv (1 to 8 minutes); a rehearsal about a minute; training as long as its data.
 #
 #   bash run_clm.sh                                            # opt-6.7b on WikiText-2, one GPU; no GPU: a rehearsal
 #   bash run_clm.sh 32 0 125m 4                                # batch 32 a GPU, no memory cap, 125m, 4 GPUs

@@ -2,7 +2,7 @@
 # Trains an OPT model of random weights on random tokens: no data, no tokenizer, no hub. Shows speed and memory.
 #
 # Hardware: NVIDIA GPUs, or two CPU cores for a rehearsal.
-# Time: the first call makes .venv (about 2 minutes); a rehearsal about a minute.
+# Time: the first call makes .venv (1 to 8 minutes); a rehearsal about a minute.
 #
 #   bash run_clm_synthetic.sh                                   # 125m on one GPU; no GPU: a rehearsal
 #   bash run_clm_synthetic.sh 32 0 125m 4 --plugin gemini       # 4 GPUs

@@ -184,12 +184,12 @@ def settle_hub(timeout_s: float = 5.0) -> bool:
 
 
 class StopSignal:
-    """Remembers a SIGTERM or SIGINT, so that the run can end between two steps. A second SIGINT ends at once."""
+    """Remembers a SIGTERM, SIGINT or SIGUSR1, so that the run can end between two steps; SIGINT twice ends at once."""
 
     def __init__(self) -> None:
         self.number = 0
-        signal.signal(signal.SIGTERM, self._remember)
-        signal.signal(signal.SIGINT, self._remember)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.number == signal.SIGINT == number:

@@ -2,7 +2,8 @@
 # Makes .venv beside this file and installs the requirements into it. Every launcher calls it first.
 #
 # Hardware: any Linux machine with Python 3.10 or newer. No compiler, no nvcc, no GPU.
-# Time: about 2 minutes and 1.6 GB with a CPU build of torch, 7 GB with the CUDA build; nothing when it is up to date.
+# Time: 1 to 8 minutes, as the package index is fast; 1.7 GB with a CPU build of torch, 5.4 GB with the CUDA build.
+#       Nothing when it is up to date.
 #
 #   bash setup.sh                     # make or refresh .venv
 #   bash setup.sh --dev               # and the tools of `make check` and the tests
@@ -68,7 +69,7 @@ install() {
 }
 
 install_base() {
-  echo "Installing torch, transformers and ColossalAI into $PWD/$venv: about 2 minutes (pip's output: $log)"
+  echo "Installing torch, transformers and ColossalAI into $PWD/$venv: 1 to 8 minutes (pip's output: $log)"
   install -r requirements.txt
   # BUILD_EXT=1 in the environment would make ColossalAI compile CUDA kernels that ours replace.
   BUILD_EXT=0 install --no-deps --use-pep517 -r requirements-colossalai.txt

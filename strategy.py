@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from runtime import Runtime, quiet_colossalai
 
 if TYPE_CHECKING:
     from colossalai.booster import Booster
+
+    from colossal_ext.states import Layout
 
 # Half-precision steps overflow and are skipped until the scale fits; LowLevelZero's own start, 2^32, wastes 16 of them.
 INITIAL_LOSS_SCALE = 2**16
@@ -45,16 +47,20 @@ class Workload:
 
     Args:
         parameter_numels: elements of each parameter in the model's order, tied ones once.
+        parameter_shapes: full shape by name, tied ones under each of their names.
         varying_length: batches differ in length (padded rows).
     """
 
     parameter_numels: tuple[int, ...]
+    parameter_shapes: Mapping[str, torch.Size]
     varying_length: bool
 
 
 def workload(model: nn.Module, *, varying_length: bool) -> Workload:
     """Return the facts of a model that is not boosted yet."""
-    return Workload(tuple(parameter.numel() for parameter in model.parameters()), varying_length)
+    numels = tuple(parameter.numel() for parameter in model.parameters())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return Workload(numels, shapes, varying_length)
 
 
 class Engine:
@@ -66,7 +72,7 @@ class Engine:
 
     def __init__(self, args: TrainArgs, runtime: Runtime, workload: Workload) -> None:
         """Create the plugin and its Booster; `args` holds no `auto` any more."""
-        self.args, self.runtime = args, runtime
+        self.args, self.runtime, self.workload = args, runtime, workload
         quiet_colossalai()
         self.plugin, mixed_precision = _make_plugin(args, runtime, workload)
         self.booster = _make_booster(self.plugin, mixed_precision)
@@ -164,6 +170,78 @@ class Engine:
     def learning_rate(self) -> float:
         return self.scheduler.get_last_lr()[0]
 
+    # What a checkpoint holds of the engine.
+
+    @property
+    def stage(self) -> int:
+        """This rank's pipeline stage, 0 without a pipeline."""
+        return self.plugin.stage_manager.stage if self.is_pipeline else 0
+
+    def full_states(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, Tensor | None]]:
+        """Yield (name, kind, full fp32 tensor or None) of this stage: `colossal_ext.states`. A collective."""
+        from colossal_ext.states import full_states
+
+        return full_states(self.model, self.optimizer, self._layout, kinds=kinds)
+
+    def load_states(self, read: Callable[[str, str], Tensor], *, adam_step: int) -> None:
+        """Set weights and moments from full tensors: `colossal_ext.states`."""
+        from colossal_ext.states import load_states
+
+        load_states(self.model, self.optimizer, self._layout, read, adam_step=adam_step)
+
+    @property
+    def adam_step(self) -> int:
+        """Updates made; fp16 steps that overflowed do not count."""
+        from colossal_ext.states import adam_step_of
+
+        return adam_step_of(self.optimizer)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """The state of schedule and loss scale, as plain numbers."""
+        from colossal_ext.scaler_state import loss_scale_state
+
+        schedule = {"last_epoch": self.scheduler.last_epoch, "last_lr": self.scheduler.get_last_lr()}
+        return {"schedule": schedule, "loss_scale": loss_scale_state(self.optimizer)}
+
+    def restore_counters(self, counters: Mapping[str, Any]) -> None:
+        """Put schedule and loss scale where `counters` were read."""
+        from colossal_ext.scaler_state import restore_loss_scale
+
+        schedule = counters["schedule"]
+        self.scheduler.last_epoch = schedule["last_epoch"]
+        self.scheduler._last_lr = list(schedule["last_lr"])
+        for group, rate in zip(self.scheduler.optimizer.param_groups, schedule["last_lr"], strict=True):
+            group["lr"] = rate
+        if counters["loss_scale"]:
+            restore_loss_scale(self.optimizer, counters["loss_scale"])
+
+    def random_states(self) -> dict[str, Tensor]:
+        """Return the random states of all ranks, (world, bytes) uint8, on every rank. A collective."""
+        device = self.runtime.device
+        states = {"cpu": torch.get_rng_state()}
+        if not self.runtime.on_cpu:
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        gathered = {}
+        for name, own in states.items():
+            parts = [torch.empty_like(own, device=device) for _ in range(self.runtime.world_size)]
+            dist.all_gather(parts, own.to(device))
+            gathered[name] = torch.stack(parts).cpu()
+        return gathered
+
+    def set_random_states(self, states: Mapping[str, Tensor]) -> None:
+        """Give this rank its own of `random_states`."""
+        torch.set_rng_state(states["cpu"][self.runtime.rank].clone())
+        if not self.runtime.on_cpu and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"][self.runtime.rank].clone(), self.runtime.device)
+
+    @property
+    def _layout(self) -> Layout:
+        from colossal_ext.states import Layout
+
+        tp_group = self.plugin.tp_group if self.args.tp > 1 else None
+        return Layout(self._dp_group, tp_group, self.workload.parameter_shapes)
+
     def close(self) -> None:
         """Drop everything boosted, so that the plugin's process groups end before the default one."""
         self.model = self.optimizer = self.scheduler = self.plugin = None
@@ -217,10 +295,9 @@ def _make_booster(plugin: Any, mixed_precision: Any) -> Booster:
 
 
 def make_optimizer(groups: list[dict[str, Any]], args: TrainArgs, learning_rate: float) -> Optimizer:
-    """Return Adam with decoupled weight decay, the same class for every plugin; needs no compiler."""
-    from colossal_ext.adam_kernels import CompileFreeAdam, register_adam_kernels
+    """Return Adam with decoupled weight decay, the same class for every plugin. Needs an `Engine` to be there."""
+    from colossal_ext.adam_kernels import CompileFreeAdam
 
-    register_adam_kernels()
     return CompileFreeAdam(
         groups, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, adamw_mode=True
     )
@@ -236,10 +313,9 @@ def make_scheduler(optimizer: Optimizer, args: TrainArgs, num_steps: int) -> LRS
 
 def _make_plugin(args: TrainArgs, runtime: Runtime, workload: Workload) -> tuple[Any, Any]:
     """Return ColossalAI's plugin, and a MixedPrecision object for the one that needs it."""
-    if runtime.on_cpu:
-        from colossal_ext.host_accelerator import install_host_accelerator
+    from colossal_ext.mends import install_mends
 
-        install_host_accelerator()
+    install_mends(on_cpu=runtime.on_cpu)
     return PLUGIN_TABLE[args.plugin].make(args, runtime, workload), _mixed_precision(args, runtime)
 
 
@@ -276,12 +352,7 @@ def _gemini(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
     from colossalai.booster.plugin import GeminiPlugin
 
     from colossal_ext.gemini_chunks import gemini_chunk_settings
-    from colossal_ext.gemini_host import install_gemini_host_chunks
-    from colossal_ext.gemini_placement import install_exact_placement
 
-    install_exact_placement()
-    if runtime.on_cpu:
-        install_gemini_host_chunks()
     fractions = {"offload_optim_frac": args.offload_optim_frac, "offload_param_frac": args.offload_param_frac}
     return GeminiPlugin(
         placement_policy=args.placement,

@@ -40,6 +40,8 @@ def run(args: TrainArgs, process: Runtime) -> int:
 
     runtime.quiet_third_parties(process)
     runtime.check_versions()
+    if args.export:
+        return export(args, Path(args.export))
     job, tokenizer = prepare(args, process)
     runtime.start_process_group(process, timeout_s=args.ddp_timeout, mem_cap_gb=args.mem_cap)
     import recorder
@@ -77,6 +79,7 @@ def prepare(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
 
 def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
     """Return the job and its tokenizer, read from local files, the hub or its cache."""
+    import checkpoint
     import data
     import model
     import recorder
@@ -86,6 +89,11 @@ def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
     choice, args = resolve(args, process, source)
     if found := model.layout_problems(source, args):
         raise ConfigError(*found)
+    resume = None
+    if args.resume_from_checkpoint:
+        resume = checkpoint.find(args.resume_from_checkpoint, Path(args.output_dir or ""))
+        if found := checkpoint.resume_problems(resume.manifest, args, process.world_size):
+            raise ConfigError(*found)
     rows = data.prepare(
         args,
         tokenizer=tokenizer,
@@ -93,7 +101,21 @@ def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
         max_positions=source.config.max_position_embeddings,
         global_batch_size=args.global_batch_size(process.world_size),
     )
-    return recorder.Job(args, process, source, model.shape_of(source), rows, choice), tokenizer
+    return recorder.Job(args, process, source, model.shape_of(source), rows, choice, resume), tokenizer
+
+
+def export(args: TrainArgs, folder: Path) -> int:
+    """Write the model of the checkpoint `folder` to `--output_dir`."""
+    import checkpoint
+    import runtime
+
+    if not args.output_dir:
+        raise ConfigError("--export: needs --output_dir, the folder to write")
+    if Path(args.output_dir).exists() and not args.overwrite_output_dir:
+        raise ConfigError(f"--output_dir {args.output_dir}: is there; choose another, or add --overwrite_output_dir")
+    checkpoint.export_checkpoint(folder, Path(args.output_dir))
+    runtime.log.info(f"exported {folder} to {args.output_dir}")
+    return runtime.EXIT_OK
 
 
 def needs_hub(args: TrainArgs) -> bool:
@@ -112,14 +134,22 @@ def output_problems(args: TrainArgs) -> list[str]:
     folder = Path(args.output_dir) if args.output_dir else None
     if folder and folder.is_file():
         found.append(f"--output_dir {folder}: is a file")
-    elif folder and (folder / "result.json").exists() and not args.overwrite_output_dir:
+    elif folder and _holds_a_run(folder) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
         found.append(f"--output_dir {folder}: already holds a run; choose another, or add --overwrite_output_dir")
+    if args.resume_from_checkpoint == "last" and not folder:
+        found.append("--resume_from_checkpoint last: needs --output_dir, the folder of the run")
+    if args.resume_from_checkpoint and args.eval_only:
+        found.append("--eval_only: evaluates a model folder; use --export on the checkpoint first")
     wants_text = bool(args.prompt or args.num_samples)
     if wants_text and args.dataset == "synthetic" and not args.tokenizer_name:
         found.append("--prompt and --num_samples: need a tokenizer; give --tokenizer_name")
     if wants_text and not args.save_final and not args.eval_only:
         found.append("--no-save_final: --prompt and --num_samples generate from final/, so keep it")
     return found
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("result.json", "metrics.jsonl", "checkpoints", "final"))
 
 
 def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Choice, TrainArgs]:
@@ -177,7 +207,7 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
 
     stop = runtime.StopSignal()
     try:
-        engine, interrupted = train(job, book, stop)
+        engine, interrupted = train(job, book, stop, tokenizer)
         if not interrupted:
             finish(job, engine, book.folder, tokenizer)
     except trainer.NonFiniteLoss as error:
@@ -203,12 +233,13 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
     return stop.exit_code if interrupted else runtime.EXIT_OK
 
 
-def train(job: Job, book: Recorder, stop: StopSignal) -> tuple[Engine, bool]:
+def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[Engine, bool]:
     """Build everything, then train and evaluate, or with --eval_only just evaluate.
 
     Returns:
         The engine, and whether a signal ended the training early.
     """
+    import checkpoint
     import data
     import model
     import strategy
@@ -222,11 +253,14 @@ def train(job: Job, book: Recorder, stop: StopSignal) -> tuple[Engine, bool]:
         split and data.loader(split, engine.plugin, **loader_options(job, is_training=split is rows.train))
         for split in (rows.train, rows.validation)
     )
-    loop = trainer.Trainer(engine, stop, book.on_step)
 
     def evaluate(epoch: int | None = None) -> None:
-        if eval_batches:
-            book.on_evaluation(loop.evaluate(eval_batches), epoch=epoch)
+        if eval_batches and (args.eval_only or args.eval_strategy == "epoch"):
+            book.on_evaluation(trainer.evaluate(engine, eval_batches), epoch=epoch)
+
+    def save(progress: checkpoint.Progress) -> None:
+        folder = book.folder / "checkpoints"
+        book.on_checkpoint(checkpoint.save(engine, job.source, tokenizer, progress, folder, keep=args.save_total_limit))
 
     if not train_batches:
         engine.boost(module, None, None)
@@ -239,12 +273,15 @@ def train(job: Job, book: Recorder, stop: StopSignal) -> tuple[Engine, bool]:
     )
     engine.boost(module, optimizer, strategy.make_scheduler(optimizer, args, schedule.num_steps))
     engine.seed_dropout(args.seed)
-    loop.train(
-        train_batches,
-        schedule,
+    progress = checkpoint.load(engine, job.resume) if job.resume else checkpoint.Progress()
+    hooks = trainer.Hooks(
+        on_step=book.on_step,
         at_first_loss=lambda loss: model.check_first_loss(loss, job.source),
-        at_epoch_end=evaluate if args.eval_strategy == "epoch" else None,
+        at_epoch_end=evaluate,
+        save=save,
     )
+    loop = trainer.Trainer(engine, stop, hooks, progress)
+    loop.train(train_batches, schedule)
     return engine, loop.interrupted
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from args import TrainArgs
+from checkpoint import Progress
 from data import EpochSampler
 from model import IGNORED, count_targets
 from runtime import StopSignal, log
@@ -82,47 +83,70 @@ def plan_schedule(batches_per_epoch: int, args: TrainArgs) -> Schedule:
     return Schedule(math.ceil(args.max_train_steps / steps_per_epoch), args.max_train_steps)
 
 
-class Trainer:
-    """Runs an engine over its data and reports each step to `on_step`."""
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls; none of them may change the model.
 
-    def __init__(self, engine: Engine, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
-        self.engine, self.stop, self.on_step = engine, stop, on_step
-        self.step = 0
+    Args:
+        on_step: gets each step's result.
+        at_first_loss: gets the loss of the run's first step.
+        at_epoch_end: gets the epoch, from 0, also of one that the schedule cut short.
+        save: gets where the run is; called where `--save_strategy` and `--save_steps` say, and at a signal.
+    """
+
+    on_step: Callable[[StepResult], None] = lambda result: None
+    at_first_loss: Callable[[float], None] = lambda loss: None
+    at_epoch_end: Callable[[int], None] = lambda epoch: None
+    save: Callable[[Progress], None] = lambda progress: None
+
+
+class Trainer:
+    """Runs an engine over its data."""
+
+    def __init__(self, engine: Engine, stop: StopSignal, hooks: Hooks, progress: Progress) -> None:
+        self.engine, self.stop, self.hooks, self.progress = engine, stop, hooks, progress
         self.interrupted = False
         self._clock = time.perf_counter()
+        self._saved_step = progress.step
 
-    def train(
-        self,
-        batches: DataLoader[Any],
-        schedule: Schedule,
-        *,
-        at_first_loss: Callable[[float], None] | None = None,
-        at_epoch_end: Callable[[int], None] | None = None,
-    ) -> None:
-        """Train until the schedule ends or a signal asks to stop.
-
-        Args:
-            at_first_loss: gets the loss of the first step.
-            at_epoch_end: gets the epoch, from 0, also of one that the schedule cut short.
+    def train(self, batches: DataLoader[Any], schedule: Schedule) -> None:
+        """Train from where the progress stands until the schedule ends or a signal asks to stop.
 
         Raises:
             NonFiniteLoss: on every rank, before the step's update.
         """
-        accumulation_steps = self.engine.args.gradient_accumulation_steps
         with logging_redirect_tqdm([log]), _progress_bar(schedule.num_steps, self.engine.runtime.is_main) as bar:
-            for epoch in range(schedule.num_epochs):
-                cast(EpochSampler, batches.sampler).set_epoch(epoch)
-                self._clock = time.perf_counter()
-                for micro_batches in _groups(batches, accumulation_steps):
-                    if self.step == schedule.num_steps or self.interrupted:
-                        break
-                    result = self.train_step(micro_batches)
-                    if at_first_loss and result.step == 1:
-                        at_first_loss(result.loss)
-                    self.on_step(result)
-                    _show(bar, result)
-                if at_epoch_end and not self.interrupted:
-                    at_epoch_end(epoch)
+            bar.update(self.progress.step)
+            while self.progress.step < schedule.num_steps and not self.interrupted:
+                self._train_epoch(batches, schedule, bar)
+
+    def _train_epoch(self, batches: DataLoader[Any], schedule: Schedule, bar: tqdm) -> None:
+        args, epoch = self.engine.args, self.progress.epoch
+        cast(EpochSampler, batches.sampler).set_epoch(epoch, start=self.progress.rows)
+        self._clock = time.perf_counter()
+        for micro_batches in _groups(batches, args.gradient_accumulation_steps):
+            result = self.train_step(micro_batches)
+            if result.step == 1:
+                self.hooks.at_first_loss(result.loss)
+            self.hooks.on_step(result)
+            _show(bar, result)
+            if self.interrupted or (args.save_steps and result.step % args.save_steps == 0):
+                self._save()
+            if self.interrupted:
+                return
+            if result.step == schedule.num_steps:
+                break
+        else:
+            self.progress = replace(self.progress, epoch=epoch + 1, rows=0)
+        self.hooks.at_epoch_end(epoch)
+        if args.save_strategy == "epoch":
+            self._save()
+
+    def _save(self) -> None:
+        if self.engine.args.save_strategy != "no" and self._saved_step < self.progress.step:
+            self.hooks.save(self.progress)
+            self._saved_step = self.progress.step
+            self._clock = time.perf_counter()
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """Update the weights once from the rows of all ranks; the loss is normalised by their global target count."""
@@ -137,16 +161,22 @@ class Trainer:
         totals = torch.stack([loss_sum / counts[0].clamp(min=1), *counts])
         dist.all_reduce(totals[:1])
         loss, _, num_tokens, num_samples, stop = totals.tolist()
-        self.step += 1
+        step = self.progress.step + 1
         if not math.isfinite(loss):
-            raise NonFiniteLoss(self.step, loss)
+            raise NonFiniteLoss(step, loss)
         learning_rate = engine.learning_rate
         grad_norm = engine.step()
         _synchronize(engine)
         self.interrupted = stop > 0
+        self.progress = replace(
+            self.progress,
+            step=step,
+            rows=self.progress.rows + int(num_samples),
+            tokens=self.progress.tokens + int(num_tokens),
+        )
         started, self._clock = self._clock, time.perf_counter()
         return StepResult(
-            self.step, loss, grad_norm, learning_rate, int(num_tokens), int(num_samples), self._clock - started
+            step, loss, grad_norm, learning_rate, int(num_tokens), int(num_samples), self._clock - started
         )
 
     def _global_counts(self, micro_batches: list[Batch]) -> Tensor:
@@ -163,16 +193,16 @@ class Trainer:
         dist.all_reduce(counts)
         return counts
 
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Return the mean loss over every real target of the split, whatever the batch size and number of ranks."""
-        engine = self.engine
-        totals = torch.zeros(2, dtype=torch.float64, device=engine.runtime.device)
-        for batch in batches:
-            totals[0] += engine.evaluate(batch).double()
-            totals[1] += count_targets(batch["labels"]) if engine.counts else 0
-        dist.all_reduce(totals)
-        loss_sum, num_targets = totals.tolist()
-        return Evaluation(loss_sum / max(num_targets, 1), int(num_targets))
+
+def evaluate(engine: Engine, batches: Iterable[Batch]) -> Evaluation:
+    """Return the mean loss over every real target of the split, whatever the batch size and number of ranks."""
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.runtime.device)
+    for batch in batches:
+        totals[0] += engine.evaluate(batch).double()
+        totals[1] += count_targets(batch["labels"]) if engine.counts else 0
+    dist.all_reduce(totals)
+    loss_sum, num_targets = totals.tolist()
+    return Evaluation(loss_sum / max(num_targets, 1), int(num_targets))
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -19,6 +19,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(FP32, FP32), (FP32, BF16), (FP32, FP16), (BF16, BF16), (FP16, FP32)]
 # One rounding of the stored parameter, relative.
 TOLERANCE = {FP32: 2e-6, BF16: 2**-7, FP16: 2**-10}
+# An epsilon of some weight, without which Adam's steps hardly depend on the gradients' scale.
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 0.1}
 SHAPES = [(1,), (7,), (33, 5), (1 << 10,), (300, 1001)]
 
 
@@ -47,7 +49,7 @@ def run_ours(
 ) -> list[nn.Parameter]:
     """Take three steps with CompileFreeAdam; `.grad`, which autograd would not let differ in dtype, is set as data."""
     parameters = make_parameters(param_dtype, device)
-    optimizer = kernels.CompileFreeAdam(parameters, lr=1e-2, weight_decay=0.1, **options)
+    optimizer = kernels.CompileFreeAdam(parameters, **OPTIONS, **options)
     for step in range(3):
         for parameter, grad in zip(parameters, make_gradients(step, grad_dtype, device), strict=True):
             set_gradient(parameter, grad)
@@ -70,7 +72,7 @@ def run_reference(
     parameters = make_parameters(param_dtype)
     masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
     optimizer_class = torch.optim.AdamW if adamw_mode else torch.optim.Adam
-    optimizer = optimizer_class(masters, lr=1e-2, weight_decay=0.1, foreach=False)
+    optimizer = optimizer_class(masters, **OPTIONS, foreach=False)
     for step in range(3):
         for master, grad in zip(masters, make_gradients(step, grad_dtype), strict=True):
             master.grad = grad.float() / (div_scale if div_scale > 0 else 1)

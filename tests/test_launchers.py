@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ exit "${FAKE_EXIT:-0}"
 """
 
 # Stands for torchrun before it has ranks: it is told itself.
-FAKE_TORCHRUN_THAT_WAITS = """#!{python}
+FAKE_TORCHRUN_THAT_WAITS = """
 import os, pathlib, signal, sys, time
 def end(number, frame):
     folder.joinpath("signal").write_text(str(number))
@@ -48,6 +48,7 @@ echo 'GPU 0: NVIDIA Fake (UUID: GPU-0)'
 STUB_TRAINING = """
 import os, pathlib, signal, sys, time
 def end(code):
+    time.sleep(0.5)  # as a checkpoint would take
     if os.environ["RANK"] == "0":
         pathlib.Path(os.environ["CLM_EXIT_CODE_FILE"]).write_text(str(code))
     pathlib.Path("ended-" + os.environ["RANK"]).touch()
@@ -95,6 +96,13 @@ class Launch:
 
 
 Launcher = Callable[..., Launch]
+Starter = Callable[..., subprocess.Popen[str]]
+
+
+def python_program(path: Path, *arguments: str | Path) -> Path:
+    """Write a program that is this Python with `arguments`: one file, whatever spaces the paths have."""
+    command = shlex.join(map(str, (sys.executable, *arguments)))
+    return write_program(path, f'#!/usr/bin/env bash\nexec {command} "$@"\n')
 
 
 def write_program(path: Path, text: str) -> Path:
@@ -361,15 +369,34 @@ def test_the_code_file_is_removed(launch: Launcher) -> None:
     assert not Path(done.env["CLM_EXIT_CODE_FILE"]).exists()
 
 
+@pytest.fixture
+def start(clean_env: dict[str, str], tmp_path: Path) -> Iterator[Starter]:
+    """A function (launcher, *arguments, TORCHRUN) -> its running process, which does not outlive the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(launcher: Path, *arguments: str, torchrun: Path) -> subprocess.Popen[str]:
+        env = clean_env | {"TORCHRUN": str(torchrun)}
+        command = ["bash", str(launcher), *arguments]
+        processes.append(subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=30)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_before_there_are_ranks_reaches_torchrun(
-    clean_env: dict[str, str], tmp_path: Path, number: signal.Signals, code: int
+def test_a_signal_before_there_are_ranks_ends_torchrun(
+    start: Starter, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    fake = write_program(tmp_path / "fake" / "waits", FAKE_TORCHRUN_THAT_WAITS.format(python=sys.executable))
-    launcher = subprocess.Popen(["bash", ROOT / "run_clm.sh", "4"], env=clean_env | {"TORCHRUN": str(fake)})
+    (tmp_path / "waits.py").write_text(FAKE_TORCHRUN_THAT_WAITS)
+    launcher = start(ROOT / "run_clm.sh", "4", torchrun=python_program(tmp_path / "waits", tmp_path / "waits.py"))
     wait_for(tmp_path / "ready")
     launcher.send_signal(number)
-    assert launcher.wait(timeout=20) == code
+    assert launcher.communicate(timeout=20)[1] == ""
+    assert launcher.returncode == code
     assert (tmp_path / "signal").read_text() == str(int(signal.SIGTERM))
 
 
@@ -381,16 +408,15 @@ def wait_for(*paths: Path, timeout_s: float = 60) -> None:
 
 
 @pytest.fixture
-def real_launch(clean_env: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def real_launch(start: Starter, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """A function (*flags) -> run_clm.sh on two ranks of STUB_TRAINING, under the real torchrun."""
     for name in ("launch.sh", "run_clm.sh"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "train_clm.py").write_text(STUB_TRAINING)
-    env = clean_env | {"TORCHRUN": f"{sys.executable} -m torch.distributed.run"}
+    torchrun = python_program(tmp_path / "torchrun", "-m", "torch.distributed.run")
 
     def run(*flags: str) -> subprocess.Popen[str]:
-        command = ["bash", tmp_path / "run_clm.sh", "4", "0", "tiny", "2", *flags]
-        return subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        return start(tmp_path / "run_clm.sh", "4", "0", "tiny", "2", *flags, torchrun=torchrun)
 
     return run
 
@@ -411,10 +437,10 @@ def test_under_the_real_torchrun_sigterm_lets_every_rank_end_in_order(real_launc
     launcher = real_launch()
     wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.communicate(timeout=60)[1] == ""
-    assert launcher.returncode == 143
+    assert launcher.wait(timeout=60) == 143
     assert (tmp_path / "ended-0").exists()
     assert (tmp_path / "ended-1").exists()
+    assert launcher.communicate()[1] == ""
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------
@@ -431,6 +457,7 @@ def test_the_demo_fine_tunes_350m_on_netflix_as_on_the_original_card(launch: Lau
         "--warmup_ratio": "0.1",
         "--num_samples": "5",
         "--validation_split_percentage": "0",
+        "--block_size": "128",
     }
     assert {flag: done.value(flag) for flag in wanted} == wanted
     assert "--from_scratch" not in done.flags

@@ -77,6 +77,23 @@ def test_ddp_replicates_sixteen_bytes_a_parameter() -> None:
     assert state_bytes("loss", plugin="torch_ddp", precision="fp32", world_size=8)[0] == 4
 
 
+def test_autocast_keeps_a_16_bit_copy_of_every_matrix_it_does_not_recompute() -> None:
+    request = request_of("1.3b", batch_size=1, block_size=2)
+    copies = [plan(replace(request, checkpointed_layers=layers)).device_bytes.activations for layers in (0, 24)]
+    assert copies[0] == pytest.approx(2 * request.shape.matrix_params, rel=0.01)
+    assert copies[0] - copies[1] == pytest.approx(2 * request.shape.layer_matrix_params, rel=0.01)
+
+
+def test_all_gradients_meet_the_last_layers_activations() -> None:
+    request = request_of("1.3b", "low_level_zero", offload_optim_frac=1.0, checkpointed_layers=24, batch_size=4)
+    request = replace(request, shape=replace(request.shape, vocab_size=100))
+    predicted = plan(request)
+    assert predicted.moment == "backward"
+    assert predicted.device_bytes.gradients == 2 * request.shape.num_params
+    # One layer's 26 h, and the gradients on both sides of relu, 16 h.
+    assert predicted.device_bytes.activations == 4 * 1024 * (26 + 16) * 2048
+
+
 def test_zero_divides_master_weights_and_moments_and_stage_2_gradients_too() -> None:
     stage_1 = state_bytes("optimizer step", plugin="low_level_zero", zero_stage=1, world_size=4)
     stage_2 = state_bytes("optimizer step", plugin="low_level_zero", zero_stage=2, world_size=4)
