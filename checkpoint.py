@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from args import ConfigError, TrainArgs
 from model import ModelSource
-from runtime import log
+from runtime import RankFailure, log
 from strategy import Engine
 
 FORMAT = 1
@@ -107,22 +107,25 @@ def save(
         keep: number of newest checkpoints to keep; None: all.
 
     Raises:
-        OSError: on the rank that could not write. The others are in a collective: the process must end at once.
+        RankFailure: on the rank that could not write. The others are in a collective: the process must end at once.
     """
     target = folder / f"step-{progress.step:08d}"
     staging = folder / f".{target.name}.tmp"
-    if engine.runtime.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    _write_tensors(engine, staging)
-    random_states = engine.random_states()
-    if engine.runtime.is_main:
-        _write_file(staging / "random.safetensors", random_states)
-        _write_configuration(source, tokenizer, torch.float32, staging)
-        _write_manifest(engine, progress, staging)
-        _replace(staging, target)
-        _prune(folder, keep)
+    try:
+        if engine.runtime.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        dist.barrier()
+        _write_tensors(engine, staging)
+        random_states = engine.random_states()
+        if engine.runtime.is_main:
+            _write_file(staging / "random.safetensors", random_states)
+            _write_configuration(source, tokenizer, torch.float32, staging)
+            _write_manifest(engine, progress, staging)
+            _replace(staging, target)
+            _prune(folder, keep)
+    except (OSError, SafetensorError) as error:
+        raise RankFailure(f"checkpoint {target} could not be written: {error}; the one before stands") from error
     dist.barrier()
     return target
 

@@ -32,6 +32,10 @@ EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_OOM, EXIT_NAN = 0, 1, 2, 3, 4
 TESTED_VERSIONS = (("torch", "2.11", "2.13"), ("transformers", "5.17", "5.23"), ("colossalai", "0.5.0", "0.5.0"))
 
 
+class RankFailure(RuntimeError):
+    """Something that stops this rank, and with it the run, and that one sentence explains. Exit code 1."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where this process stands among the processes of the run."""
@@ -98,6 +102,8 @@ def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float =
         timeout_s: seconds a collective may wait for another rank.
         mem_cap_gb: cap on this rank's GPU memory in GB (10^9 bytes), kept by the allocator; 0: none.
     """
+    if dist.is_initialized():  # several runs in one process
+        return
     if "MASTER_ADDR" not in os.environ:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         rendezvous: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1}
@@ -224,6 +230,9 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
         _leave_now(EXIT_OOM)
     except KeyboardInterrupt:
         _leave_now(128 + signal.SIGINT)
+    except RankFailure as failure:
+        print(f"error: [rank {runtime.rank}] {failure}", file=sys.stderr, flush=True)
+        _leave_now(EXIT_ERROR)
     except Exception:
         print(f"[rank {runtime.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         _leave_now(EXIT_ERROR)
@@ -241,7 +250,7 @@ def _report_exit_code(code: int, runtime: Runtime) -> int:
     path = os.environ.get("CLM_EXIT_CODE_FILE")
     if not path or code == EXIT_OK:
         return code
-    if runtime.is_main:
+    if runtime.local_rank == 0:  # each machine has a launcher of its own
         _write_exit_code(path, code)
     return EXIT_OK
 

@@ -92,9 +92,7 @@ def strategies() -> Iterator[Strategy]:
         if world < 4:
             yield Strategy("Gemini", world, gemini, half)
             yield Strategy("Gemini offload 1/0", world, f"{gemini} --offload_optim_frac 1", half)
-            yield Strategy(
-                "Gemini offload 1/1", world, f"{gemini} --offload_optim_frac 1 --offload_param_frac 1", half
-            )
+            yield Strategy("Gemini offload 1/1", world, f"{gemini} --offload_optim_frac 1 --offload_param_frac 1", half)
         if world == 2:
             yield Strategy("tp 2", world, f"{hybrid} --tp 2", full)
             yield Strategy("pp 2", world, f"{hybrid} --pp 2", full)
@@ -170,7 +168,7 @@ class Case:
             --gradient_accumulation_steps {self.accumulation} --num_train_epochs {NUM_EPOCHS}
             --learning_rate {LEARNING_RATE} --num_warmup_steps {NUM_WARMUP_STEPS} --weight_decay {WEIGHT_DECAY}
             --adam_epsilon {EPSILON} --max_grad_norm {MAX_GRAD_NORM if self.clips else 0} --dropout {self.dropout}
-            --gradient_checkpointing {"on" if self.recompute else "off"} --compile off --seed {SEED}
+            --gradient_checkpointing {"on" if self.recompute else "off"} --compile off --save_strategy no --seed {SEED}
             --allow_cpu_fp16 {"--eval_only" if self.evaluates else ""}"""
         return words.split()
 
@@ -479,9 +477,7 @@ def compare(case: Case, found: Found, plain: Trained, folder: Path) -> Row:
         loss, expected = found["evaluations"][-1], plain.evaluations[-1]
         differences = Differences(evaluation=relative(loss, expected), perplexity=abs(math.expm1(loss - expected)))
     else:
-        weights, tensor = compare_weights(
-            folder / "finals" / case.name, folder / "references" / case.reference.name
-        )
+        weights, tensor = compare_weights(folder / "finals" / case.name, folder / "references" / case.reference.name)
         differences = Differences(
             loss=largest(found["losses"], plain.losses),
             grad_norm=largest(found["grad_norms"], plain.grad_norms) if case.clips else None,

@@ -119,7 +119,7 @@ def run(order: Order, process: Runtime, folder: Path) -> dict[str, Any]:
     job, book = prepare(order, process, folder), Book()
     never_stops = SimpleNamespace(number=0)
     with FAULTS[order.fault]():
-        engine, _ = train_clm.train(job, cast(Recorder, book), cast(Any, never_stops))
+        engine, _ = train_clm.train(job, cast(Recorder, book), cast(Any, never_stops), None)
     if not job.args.eval_only:
         checkpoint.export(engine, job.source, None, folder / "finals" / order.name)
     chunks = chunk_shares(engine) if job.args.plugin == "gemini" else None

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SHORT = (
     "--dataset synthetic --block_size 32 --per_device_train_batch_size 2 --max_train_steps 3 --logging_steps 1 "
-    "--no-save_final"
+    "--no-save_final --save_strategy no"
 )
 
 
@@ -47,27 +47,51 @@ class Run:
         return [loss for _, loss in self.result["train_loss"]]
 
 
+def torchrun(script: Path, world: int, *arguments: object, **env: str) -> tuple[int, str]:
+    """Return exit code and output of a script on `world` gloo processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script)]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout
+
+
+def command_line(folder: Path, flags: Sequence[object], *, from_scratch: bool = True) -> list[str]:
+    """Return train_clm.py's arguments; tiny, synthetic and short where the flags do not say."""
+    own = ["--model_name_or_path", "tiny", "--from_scratch"] if from_scratch else []
+    return [*own, *SHORT.split(), "--output_dir", str(folder), *map(str, flags)]
+
+
 @pytest.fixture(scope="session")
 def run_training() -> Callable[..., Run]:
-    """Run train_clm.py on `world` gloo processes in `folder`; tiny, synthetic and short where the flags do not say."""
+    """Run train_clm.py as a user does, with its results in `folder`/run."""
 
     def run(folder: Path, *flags: object, world: int = 1, from_scratch: bool = True, **env: str) -> Run:
-        own = ["--model_name_or_path", "tiny", "--from_scratch"] if from_scratch else []
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        command += [str(ROOT / "train_clm.py"), *own, *SHORT.split(), "--output_dir", str(folder / "run")]
         code_file = folder / "exit-code"
         code_file.unlink(missing_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CLM_EXIT_CODE_FILE": str(code_file)} | env
-        done = subprocess.run(
-            [*command, *map(str, flags)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=240,
-        )
-        code = int(code_file.read_text()) if code_file.exists() else done.returncode
-        return Run(code, done.stdout, folder / "run")
+        arguments = command_line(folder / "run", flags, from_scratch=from_scratch)
+        code, output = torchrun(ROOT / "train_clm.py", world, *arguments, CLM_EXIT_CODE_FILE=str(code_file), **env)
+        return Run(int(code_file.read_text()) if code_file.exists() else code, output, folder / "run")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_many() -> Callable[..., dict[str, Run]]:
+    """Run several command lines, by name, in the processes of one torchrun; results in `folder`/<name>."""
+
+    def run(folder: Path, flags: Mapping[str, Sequence[object]], *, world: int, **options: bool) -> dict[str, Run]:
+        commands, answer = folder / "commands.json", folder / "answer.json"
+        commands.write_text(json.dumps([command_line(folder / name, flags[name], **options) for name in flags]))
+        code, output = torchrun(ROOT / "tests" / "worker.py", world, commands, answer)
+        assert code == 0, output
+        done = json.loads(answer.read_text())
+        return {name: Run(code, text, folder / name) for name, (code, text) in zip(flags, done, strict=True)}
 
     return run
 

@@ -36,9 +36,15 @@ def reference(tmp_path_factory, run_training):
     )
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, run_many):
+    flags = {name: [*text.split(), "--save_final"] for name, text in STRATEGIES.items()}
+    return run_many(tmp_path_factory.mktemp("runs"), flags, world=2)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_on_two_ranks_trains_and_exports_the_model_of_one_process(name, reference, train):
-    run = train(*STRATEGIES[name].split(), "--save_final", world=2)
+def test_every_strategy_on_two_ranks_trains_and_exports_the_model_of_one_process(name, reference, runs):
+    run = runs[name]
     assert run.code == 0, run.output
     tolerance = 2e-3 if name in HALF_PRECISION else 1e-5
     assert run.losses == pytest.approx(reference.losses, rel=tolerance) and run.losses[-1] < run.losses[0]
@@ -161,18 +167,19 @@ def test_a_fine_tune_on_descriptions_learns_and_prints_texts(trained):
     assert trained.losses[-1] < 8.5 and trained.output.count("generated:") == 2
 
 
-@pytest.mark.parametrize(("batch_size", "world"), [(1, 1), (3, 2), (8, 1)])
-def test_perplexity_depends_neither_on_the_batch_size_nor_on_the_ranks(batch_size, world, trained, train, real_data):
-    run = train(
-        *("--eval_only", "--dataset", "netflix", "--model_name_or_path", trained.folder / "final"),
-        *("--train_file", real_data / "netflix/netflix_titles.csv", "--block_size", 48, "--max_eval_samples", 21),
-        *("--per_device_eval_batch_size", batch_size),
-        world=world,
-        from_scratch=False,
-    )
-    assert run.code == 0, run.output
-    assert run.result["eval"]["loss"] == pytest.approx(trained.result["eval"]["loss"], rel=1e-6)
-    assert run.result["eval"]["num_tokens"] == trained.result["eval"]["num_tokens"]
+def test_perplexity_depends_neither_on_the_batch_size_nor_on_the_ranks(trained, run_many, tmp_path, real_data):
+    source = [
+        "--train_file",
+        real_data / "netflix/netflix_titles.csv",
+        "--model_name_or_path",
+        trained.folder / "final",
+    ]
+    common = ["--eval_only", "--dataset", "netflix", "--block_size", 48, "--max_eval_samples", 21, *source]
+    flags = {f"batch-{size}": [*common, "--per_device_eval_batch_size", size] for size in (1, 3, 8)}
+    for name, run in run_many(tmp_path, flags, world=1, from_scratch=False).items():
+        assert run.code == 0, name + run.output
+        assert run.result["eval"]["loss"] == pytest.approx(trained.result["eval"]["loss"], rel=1e-6)
+        assert run.result["eval"]["num_tokens"] == trained.result["eval"]["num_tokens"]
 
 
 def test_a_pretrained_start_goes_on_from_the_trained_loss(trained, train, real_data):

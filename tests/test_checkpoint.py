@@ -1,0 +1,215 @@
+"""Checkpoints: what is written, what a resumed run repeats, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from args import ConfigError, TrainArgs
+from checkpoint import FIXED_FLAGS, MANIFEST, find, resume_problems, step_folders, verify
+from conftest import ROOT
+
+LENGTH = "--max_train_steps 4 --save_strategy steps --save_steps 2"
+EXACT = {
+    "torch_ddp": "--plugin torch_ddp --dropout 0.1",
+    "torch_ddp bf16": "--plugin torch_ddp --precision bf16",
+    "torch_ddp_fp16": "--plugin torch_ddp_fp16 --allow_cpu_fp16",
+    "zero 1 bf16": "--plugin low_level_zero --precision bf16 --dropout 0.1",
+    "zero 2 fp16": "--plugin low_level_zero --zero_stage 2 --precision fp16 --allow_cpu_fp16",
+    "zero 1 fp32 offloaded": "--plugin low_level_zero --offload_optim_frac 1",
+    "gemini bf16": "--plugin gemini --dropout 0.1",
+    "gemini fp16 offloaded": "--plugin gemini --precision fp16 --allow_cpu_fp16 --offload_optim_frac 0.5",
+    "tensor parallel bf16": "--plugin hybrid_parallel --tp 2 --precision bf16 --dropout 0.1",
+    "pipeline fp32": "--plugin hybrid_parallel --pp 2",
+    "hybrid zero bf16": "--plugin hybrid_parallel --zero_stage 1 --precision bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, run_many):
+    """Four steps under every plugin on two ranks, checkpoints after 2 and 4."""
+    return run_many(folder, {name: [*flags.split(), *LENGTH.split()] for name, flags in EXACT.items()}, world=2)
+
+
+@pytest.fixture(scope="module")
+def resumed(whole, tmp_path_factory, run_many):
+    """The last two of them again, from the checkpoint after 2."""
+    flags = {
+        name: [*EXACT[name].split(), *LENGTH.split(), "--resume_from_checkpoint", checkpoint_of(run, 2)]
+        for name, run in whole.items()
+    }
+    return run_many(tmp_path_factory.mktemp("resumed"), flags, world=2)
+
+
+def checkpoint_of(run, step):
+    return run.folder / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_resumed_run_repeats_the_losses_bit_for_bit(name, whole, resumed):
+    assert whole[name].code == 0, whole[name].output
+    assert resumed[name].code == 0, resumed[name].output
+    assert resumed[name].losses == whole[name].losses[2:] and len(resumed[name].losses) == 2
+    assert resumed[name].result["eval"]["loss"] == whole[name].result["eval"]["loss"]
+
+
+def test_another_plugin_and_number_of_ranks_goes_on_with_the_same_losses(whole, tmp_path, run_many):
+    start = checkpoint_of(whole["pipeline fp32"], 2)
+    flags = {
+        name: [*text.split(), *LENGTH.split(), "--per_device_train_batch_size", 1, "--resume_from_checkpoint", start]
+        for name, text in {
+            "ddp": "--plugin torch_ddp",
+            "zero": "--plugin low_level_zero --zero_stage 2",
+            "tp x pp": "--plugin hybrid_parallel --tp 2 --pp 2",
+        }.items()
+    }
+    for name, run in run_many(tmp_path, flags, world=4).items():
+        assert run.code == 0, name + run.output
+        assert run.losses == pytest.approx(whole["pipeline fp32"].losses[2:], rel=1e-5), name
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(tmp_path, run_many):
+    flags = ["--plugin", "low_level_zero", "--per_device_train_batch_size", 1, *LENGTH.split()]
+    four = run_many(tmp_path, {"four": flags}, world=4)["four"]
+    assert four.code == 0, four.output
+    for world in (2, 1):
+        more = [*LENGTH.split(), "--plugin", "torch_ddp", "--per_device_train_batch_size", 4 // world]
+        more += ["--resume_from_checkpoint", checkpoint_of(four, 2)]
+        run = run_many(tmp_path, {f"on-{world}": more}, world=world)[f"on-{world}"]
+        assert run.code == 0, run.output
+        assert run.losses == pytest.approx(four.losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch_ddp", "zero 2 fp16", "gemini bf16", "tensor parallel bf16", "pipeline fp32"])
+def test_a_checkpoint_holds_weights_and_moments_in_fp32_under_transformers_names(name, whole):
+    tensors: dict[str, torch.Tensor] = {}
+    for path in checkpoint_of(whole[name], 4).glob("states-*.safetensors"):
+        tensors |= load_file(path)
+    names = {key.split("/")[1] for key in tensors} - {"lm_head.weight"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint_of(whole[name], 4)))
+    assert names == {name for name, _ in model.named_parameters()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_an_exported_checkpoint_is_the_model_that_was_trained(whole, tmp_path):
+    run, target = whole["torch_ddp"], tmp_path / "exported"
+    command = [sys.executable, ROOT / "train_clm.py", "--export", checkpoint_of(run, 4), "--output_dir", target]
+    subprocess.run(list(map(str, command)), check=True, timeout=120)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    weights = load_file(next(checkpoint_of(run, 4).glob("states-00-*.safetensors")))
+    trained = weights["weight/model.decoder.layers.3.fc2.weight"]
+    assert (
+        torch.equal(model.model.decoder.layers[3].fc2.weight, trained) and model.lm_head.weight.dtype == torch.float32
+    )
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+    shutil.copytree(whole["torch_ddp"].folder / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path
+
+
+def newest(folder: Path) -> Path:
+    return step_folders(folder / "checkpoints")[0]
+
+
+def test_a_flipped_bit_is_found_and_last_falls_back_to_the_checkpoint_before(damaged, caplog):
+    shard = next(newest(damaged).glob("states-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{shard.name} is missing or damaged"):
+        verify(newest(damaged))
+    with caplog.at_level("WARNING", logger="clm"):
+        assert find("last", damaged).manifest.progress.step == 2
+    assert "skipped a damaged checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete"])
+def test_a_truncated_or_missing_file_is_named(harm, damaged):
+    shard = next(newest(damaged).glob("states-*.safetensors"))
+    os.truncate(shard, 100) if harm == "truncate" else shard.unlink()
+    with pytest.raises(ConfigError, match=rf"{shard.name} is missing or damaged"):
+        verify(newest(damaged))
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, damaged):
+    with pytest.raises(ConfigError, match=f"has no {MANIFEST}"):
+        verify(tmp_path)
+    (newest(damaged) / MANIFEST).write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        verify(newest(damaged))
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        find("last", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", FIXED_FLAGS)
+def test_a_flag_that_decides_data_or_schedule_may_not_change(name, whole):
+    manifest = verify(checkpoint_of(whole["torch_ddp"], 2))
+    same = TrainArgs(**{**manifest.args, "prompt": ()})
+    assert resume_problems(manifest, same, world_size=2) == []
+    changed = TrainArgs(**{**manifest.args, "prompt": (), name: 77})
+    (problem,) = resume_problems(manifest, changed, world_size=2)
+    assert problem.startswith(f"--{name} 77: the checkpoint's run had")
+
+
+def test_another_global_batch_is_refused(whole):
+    manifest = verify(checkpoint_of(whole["torch_ddp"], 2))
+    (problem,) = resume_problems(manifest, TrainArgs(**{**manifest.args, "prompt": ()}), world_size=4)
+    assert problem.startswith("global batch 8")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, run_many):
+    flags = "--save_strategy steps --save_steps 1 --save_total_limit 2 --max_train_steps 4"
+    run = run_many(tmp_path, {"kept": flags.split()}, world=1)["kept"]
+    assert [path.name for path in step_folders(run.folder / "checkpoints")] == ["step-00000004", "step-00000003"]
+
+
+def test_an_epoch_ends_with_a_checkpoint_and_the_next_goes_on_in_new_order(tmp_path, run_many):
+    flags = "--save_strategy epoch --max_train_samples 6 --max_train_steps 6"
+    runs = run_many(tmp_path, {"epochs": flags.split()}, world=1)
+    start = checkpoint_of(runs["epochs"], 3)
+    more = run_many(tmp_path, {"more": [*flags.split(), "--resume_from_checkpoint", start]}, world=1)["more"]
+    assert more.code == 0, more.output
+    assert more.losses == runs["epochs"].losses[3:]
+
+
+def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
+    folder = tmp_path / "run"
+    common = "--model_name_or_path tiny --from_scratch --dataset synthetic --block_size 32 --no-save_final"
+    command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--max_train_steps", "400"]
+    with subprocess.Popen(
+        [*command, "--logging_steps", "1", "--output_dir", str(folder)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        next(line for line in process.stdout if line.startswith("step"))
+        process.send_signal(signal.SIGUSR1)
+        output = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGUSR1 and "status      interrupted" in output
+    step = find("last", folder).manifest.progress.step
+    assert json.loads((folder / "result.json").read_text())["steps"] == step
+
+
+def test_a_full_disk_ends_every_rank_with_one_message(tmp_path, run_training):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '0':\n    import safetensors.torch as st\n"
+        "    def full(*args, **kwargs):\n        raise OSError(28, 'No space left on device')\n"
+        "    st.save_file = full\n"
+    )
+    flags = "--save_strategy steps --save_steps 1"
+    run = run_training(tmp_path, *flags.split(), world=2, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert run.code == 1 and run.output.count("No space left on device") == 1, run.output
+    assert "error: [rank 0] checkpoint" in run.output
+    assert not step_folders(run.folder / "checkpoints")
