@@ -84,7 +84,7 @@ class TrainArgs:
     allow_cpu_fp16: bool = flag("parallelism", False, "rehearse fp16 on a CPU (slow; for tests)")
 
     output_dir: str | None = flag("output", None, "folder for results; off: outputs/<model>-<plugin>-<time>")
-    overwrite_output_dir: bool = flag("output", False, "allow an output folder that already holds a run")
+    overwrite_output_dir: bool = flag("output", False, "allow an output folder that already holds a run; its checkpoints and numbers are removed")
     save_strategy: str = flag("output", "epoch", "checkpoints: at the end of each epoch (epoch), only as --save_steps and signals say (steps), or never (no)", choices=("epoch", "steps", "no"))
     save_steps: int = flag("output", 0, "steps between two checkpoints, unless --save_strategy no; 0: off", type=int)
     save_total_limit: int | None = flag("output", None, "newest checkpoints to keep; off: all", type=int)

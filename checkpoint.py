@@ -13,20 +13,21 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from args import ConfigError, TrainArgs
 from model import ModelSource
-from runtime import RankFailure, log
+from runtime import log, writing
 from strategy import Engine
 
 FORMAT = 1
@@ -100,20 +101,20 @@ def save(
     """Write `folder`/step-<n>, whole or not at all, and return it. A collective.
 
     The files are written under a temporary name and flushed, then the folder is renamed: a kill at any moment leaves
-    the checkpoint before.
+    the checkpoint before, and at most a hidden folder, which the next save removes.
 
     Args:
         folder: holds the run's checkpoints; all ranks must see the same file system.
         keep: number of newest checkpoints to keep; None: all.
 
     Raises:
-        RankFailure: on the rank that could not write. The others are in a collective: the process must end at once.
+        RankFailure: on the rank that could not write; the half-written folder no longer fills the disk.
     """
     target = folder / f"step-{progress.step:08d}"
     staging = folder / f".{target.name}.tmp"
-    try:
+    with writing(f"checkpoint {target}"), _removed_on_failure(staging, engine):
         if engine.runtime.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove_left_over(folder)
             staging.mkdir(parents=True)
         dist.barrier()
         _write_tensors(engine, staging)
@@ -123,11 +124,26 @@ def save(
             _write_configuration(source, tokenizer, torch.float32, staging)
             _write_manifest(engine, progress, staging)
             _replace(staging, target)
-            _prune(folder, keep)
-    except (OSError, SafetensorError) as error:
-        raise RankFailure(f"checkpoint {target} could not be written: {error}; the one before stands") from error
+            _prune(folder, keep, newest=target)
     dist.barrier()
     return target
+
+
+@contextmanager
+def _removed_on_failure(folder: Path, engine: Engine) -> Iterator[None]:
+    """Give a full disk its space back. Rank 0 alone may: it lists the files, so they must not vanish under it."""
+    try:
+        yield
+    except BaseException:
+        if engine.runtime.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what a kill during an earlier save left in a run's folder of checkpoints."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def _write_tensors(engine: Engine, folder: Path) -> None:
@@ -195,15 +211,20 @@ def _digest(path: Path) -> str:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
     _flush(staging)
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)  # removing it takes long: a kill meanwhile would leave neither
     staging.rename(target)
     _flush(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _prune(folder: Path, keep: int | None) -> None:
+def _prune(folder: Path, keep: int | None, *, newest: Path) -> None:
+    """Keep `newest`, just written, and the `keep` - 1 others of the highest steps."""
     if keep is not None:
-        for old in step_folders(folder)[keep:]:
+        for old in [path for path in step_folders(folder) if path != newest][keep - 1 :]:
             shutil.rmtree(old)
 
 
@@ -304,7 +325,7 @@ class Tensors:
             for name in manifest.files
             if name.startswith("states-")
         ]
-        self._places = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118
+        self._places = {key: file for file in self._files for key in file.keys()}
 
     def __enter__(self) -> Tensors:
         return self
@@ -336,19 +357,23 @@ def export(engine: Engine, source: ModelSource, tokenizer: Any, folder: Path) ->
 
     Args:
         folder: replaced if it exists; all ranks must see the same file system.
+
+    Raises:
+        RankFailure: on the rank that could not write.
     """
     staging = folder.with_name(f".{folder.name}.tmp")
-    if engine.runtime.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
     dtype = TORCH_DTYPES[engine.args.precision]
     weights = ((name, tensor) for name, _, tensor in engine.full_states(("weight",)) if tensor is not None)
-    write_weights(weights, source, dtype, staging, prefix=f"stage-{engine.stage:02d}")
-    dist.barrier()
-    if engine.runtime.is_main:
-        finish_folder(source, tokenizer, dtype, staging)
-        _replace(staging, folder)
+    with writing(folder), _removed_on_failure(staging, engine):
+        if engine.runtime.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        dist.barrier()
+        write_weights(weights, source, dtype, staging, prefix=f"stage-{engine.stage:02d}")
+        dist.barrier()
+        if engine.runtime.is_main:
+            finish_folder(source, tokenizer, dtype, staging)
+            _replace(staging, folder)
     dist.barrier()
 
 

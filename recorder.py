@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from checkpoint import Found
 from data import PreparedData, TokenRows
 from model import ModelSource
 from planner import Choice, ModelShape
-from runtime import Runtime, log
+from runtime import Runtime, log, writing
 from trainer import Evaluation, StepResult
 
 WARMUP_STEPS = 5  # left out of the throughput: compilation, autotuning, the allocator's growth
@@ -61,8 +62,17 @@ class Recorder:
         self.flops = report.token_flops(job.shape, seq_len, recomputed_layers=recomputed_layers)
         self.peak = report.peak_of(job.process.device_name, job.args.precision)
         if job.process.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = report.MetricsLog(folder / "metrics.jsonl")
+            self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Make the folder, and with its metrics.jsonl say from now on that a run is here."""
+        args, path = self.job.args, self.folder / "metrics.jsonl"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if args.overwrite_output_dir and not (args.resume_from_checkpoint or args.eval_only):
+                _remove_run(self.folder)
+            path.touch()
+        self.metrics = report.MetricsLog(path)
 
     def start(self, num_steps: int) -> None:
         """Print what will run, before the first step."""
@@ -103,7 +113,11 @@ class Recorder:
             "memory_gib": memory_gib,
         }
         log.info(report.log_line(result.step, self.num_steps, **measured))
-        self.metrics.append(step=result.step, time_s=time.time(), **measured)
+        self._append(result.step, **measured)
+
+    def _append(self, step: int, **measured: float | None) -> None:
+        with writing(self.metrics.path):
+            self.metrics.append(step=step, time_s=time.time(), **measured)
 
     def on_evaluation(self, evaluation: Evaluation, *, epoch: int | None = None) -> None:
         """Record and log an evaluation; the last one stands in result.json."""
@@ -115,7 +129,7 @@ class Recorder:
                 f"eval{when}: loss {evaluation.loss:.4f}, perplexity {self.evaluation.perplexity:.2f} "
                 f"over {evaluation.num_tokens:,} tokens"
             )
-            self.metrics.append(step=len(self.losses), time_s=time.time(), eval_loss=evaluation.loss)
+            self._append(self.losses[-1][0] if self.losses else 0, eval_loss=evaluation.loss)
 
     def on_checkpoint(self, folder: Path) -> None:
         """Log where a checkpoint was written."""
@@ -145,16 +159,30 @@ class Recorder:
             throughput=self.meter.throughput(self.flops, num_devices=job.process.world_size, peak=self.peak),
             memory=_memory(job, alone=alone),
             output_dir=str(self.folder),
+            resumed_from=job.resume.manifest.progress.step if job.resume else None,
         )
         if job.process.is_main or alone:
-            result.write(self.folder / "result.json")
+            with writing(self.folder / "result.json"):
+                result.write(self.folder / "result.json")
         return result
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove the checkpoints and numbers of the run before: `last` would take the one that went further for ours.
+
+    Its final/ may be what this run starts from, and stays until there is a new one.
+    """
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("metrics.jsonl", "result.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _memory(job: Job, *, alone: bool) -> report.Memory:
     """Return the maxima over ranks. A collective, unless `alone`."""
     device = job.process.device
-    peaks = [0.0, 0.0] if job.process.on_cpu else [
+    # Gemini's automatic placement resets the allocator's marks as it measures: its peaks are not known.
+    has_marks = not job.process.on_cpu and job.args.placement == "static"
+    peaks = [0.0, 0.0] if not has_marks else [
         torch.cuda.max_memory_allocated(device) / report.GIB,
         torch.cuda.max_memory_reserved(device) / report.GIB,
     ]  # fmt: skip
@@ -163,6 +191,6 @@ def _memory(job: Job, *, alone: bool) -> report.Memory:
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
     allocated_gib, reserved_gib, host_gib = maxima.tolist()
     cap_gib = job.args.mem_cap * 1e9 / report.GIB if job.args.mem_cap else None
-    if job.process.on_cpu:
+    if not has_marks:
         return report.Memory(None, None, cap_gib, host_gib)
     return report.Memory(allocated_gib, reserved_gib, cap_gib, host_gib)

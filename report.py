@@ -250,9 +250,10 @@ class Result:
     Args:
         args: the settings, `dataclasses.asdict(TrainArgs)`.
         output_dir: the folder this result lies in.
+        resumed_from: step of the checkpoint the run went on from, None where it started anew.
         plan: `planner.Plan`, or None.
         data: `data.DataInfo`, or None where no data was loaded.
-        steps: optimizer steps done.
+        steps: optimizer steps done by this process, without those before `resumed_from`.
         train_loss: (step, loss) of each logged step.
         throughput: None where no step was done.
     """
@@ -273,6 +274,7 @@ class Result:
     throughput: Throughput | None
     memory: Memory
     output_dir: str | None = None
+    resumed_from: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes None."""

@@ -10,7 +10,8 @@ import traceback
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from args import ConfigError
 
@@ -34,6 +36,19 @@ TESTED_VERSIONS = (("torch", "2.11", "2.13"), ("transformers", "5.17", "5.23"), 
 
 class RankFailure(RuntimeError):
     """Something that stops this rank, and with it the run, and that one sentence explains. Exit code 1."""
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) inside the block into one sentence about `what`.
+
+    Raises:
+        RankFailure: the others may wait for this rank in a collective: the process must end at once.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RankFailure(f"{what} could not be written: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -234,8 +249,9 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
         print(f"error: [rank {runtime.rank}] {failure}", file=sys.stderr, flush=True)
         _leave_now(EXIT_ERROR)
     except Exception:
-        print(f"[rank {runtime.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-        _leave_now(EXIT_ERROR)
+        if not _is_explained():
+            print(f"[rank {runtime.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        _leave_now(EXIT_ERROR, is_explained=False)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(_report_exit_code(code, runtime))
@@ -260,9 +276,15 @@ def _write_exit_code(path: str, code: int) -> None:
         file.write(str(code))
 
 
-def _leave_now(code: int) -> None:
+def _is_explained() -> bool:
+    """Return whether a rank of this machine has said why the run ends: an error that follows is only its echo."""
     path = os.environ.get("CLM_EXIT_CODE_FILE")
-    if path and code != EXIT_ERROR:
+    return bool(path and os.path.exists(path) and os.path.getsize(path))
+
+
+def _leave_now(code: int, *, is_explained: bool = True) -> None:
+    path = os.environ.get("CLM_EXIT_CODE_FILE")
+    if path and is_explained:
         _write_exit_code(path, code)
     sys.stdout.flush()
     sys.stderr.flush()

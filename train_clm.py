@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -134,6 +135,8 @@ def output_problems(args: TrainArgs) -> list[str]:
     folder = Path(args.output_dir) if args.output_dir else None
     if folder and folder.is_file():
         found.append(f"--output_dir {folder}: is a file")
+    elif folder and not _can_write(folder):
+        found.append(f"--output_dir {folder}: cannot be written; choose another")
     elif folder and _holds_a_run(folder) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
         found.append(f"--output_dir {folder}: already holds a run; choose another, or add --overwrite_output_dir")
     if args.resume_from_checkpoint == "last" and not folder:
@@ -146,6 +149,12 @@ def output_problems(args: TrainArgs) -> list[str]:
     if wants_text and not args.save_final and not args.eval_only:
         found.append("--no-save_final: --prompt and --num_samples generate from final/, so keep it")
     return found
+
+
+def _can_write(folder: Path) -> bool:
+    """Return whether files can be made in the folder, or it in the nearest folder above that exists."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -211,7 +220,8 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
         if not interrupted:
             finish(job, engine, book.folder, tokenizer)
     except trainer.NonFiniteLoss as error:
-        runtime.log.error(f"error: {error}; stopped before the weights were updated: try a lower --learning_rate")
+        if job.process.is_main:
+            runtime.log.error(f"error: {error}: try a lower --learning_rate")
         book.write("nan")
         return runtime.EXIT_NAN
     except torch.OutOfMemoryError as error:

@@ -28,11 +28,7 @@ Batch = dict[str, Tensor]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The global loss of a step is NaN or infinite; raised on every rank before the optimizer moved."""
-
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss of step {step} is {loss}")
-        self.step, self.loss = step, loss
+    """The global loss or gradient norm of a step is NaN or infinite; raised on every rank, before anything is saved."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Trainer:
         """Train from where the progress stands until the schedule ends or a signal asks to stop.
 
         Raises:
-            NonFiniteLoss: on every rank, before the step's update.
+            NonFiniteLoss: on every rank, before a checkpoint holds the bad step.
         """
         with logging_redirect_tqdm([log]), _progress_bar(schedule.num_steps, self.engine.runtime.is_main) as bar:
             bar.update(self.progress.step)
@@ -163,9 +159,12 @@ class Trainer:
         loss, _, num_tokens, num_samples, stop = totals.tolist()
         step = self.progress.step + 1
         if not math.isfinite(loss):
-            raise NonFiniteLoss(step, loss)
+            raise NonFiniteLoss(f"the loss of step {step} is {loss}; stopped before the weights were updated")
         learning_rate = engine.learning_rate
         grad_norm = engine.step()
+        # In fp16 the loss scale is lowered and the step skipped.
+        if grad_norm is not None and not math.isfinite(grad_norm) and engine.args.precision != "fp16":
+            raise NonFiniteLoss(f"the gradient norm of step {step} is {grad_norm}; its weights are not saved")
         _synchronize(engine)
         self.interrupted = stop > 0
         self.progress = replace(

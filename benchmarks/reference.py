@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import OPTForCausalLM
 
 Row = Tensor  # (T,) int64 token ids
@@ -63,8 +62,7 @@ def train(weights: Path, epochs: list[list[Step]], held_out: list[Row], recipe: 
     trained = Trained([], [], [])
     torch.manual_seed(recipe.seed)
     for epoch in epochs:
-        # A loader, because starting one draws a number from the generator that the dropout masks come from.
-        for rows in DataLoader(epoch, batch_size=None):
+        for rows in epoch:
             trained.losses.append(add_gradients(model, rows, recipe.micro_batch_size))
             trained.grad_norms.append(clip(model, recipe.max_grad_norm))
             optimizer.step()
@@ -119,6 +117,6 @@ def clip(model: nn.Module, max_norm: float) -> float:
 def evaluate(model: nn.Module, held_out: list[Row]) -> float:
     """Return the mean negative log-likelihood over the targets of all rows, taken one by one: nothing is padded."""
     model.eval()
-    losses = [summed_loss(model, [row]).item() for row in DataLoader(held_out, batch_size=None)]
+    losses = [summed_loss(model, [row]).item() for row in held_out]
     model.train()
     return sum(losses) / sum(len(row) - 1 for row in held_out)

@@ -8,6 +8,7 @@ from .gemini_overflow import install_gemini_overflow_mend
 from .gemini_placement import install_exact_placement
 from .host_accelerator import install_host_accelerator
 from .loss_scale import install_loss_scale_mend
+from .pipeline_metadata import install_pipeline_metadata_mend
 
 
 def install_mends(*, on_cpu: bool) -> None:
@@ -25,4 +26,5 @@ def install_mends(*, on_cpu: bool) -> None:
     install_exact_placement()
     install_gemini_overflow_mend()
     install_loss_scale_mend()
+    install_pipeline_metadata_mend()
     register_adam_kernels()

@@ -1,0 +1,63 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import strategy
+from args import PLUGINS, TrainArgs
+from model import build_model, find_model
+from strategy import PLUGIN_TABLE, Engine, resolve_compile, workload
+
+
+class EngineOfRank(Engine):
+    """An engine that is nothing but its data-parallel rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank
+
+
+def masks(rank: int) -> torch.Tensor:
+    EngineOfRank(rank).seed_dropout(42)
+    return nn.functional.dropout(torch.ones(64))
+
+
+def test_dropout_masks_differ_across_data_parallel_ranks_and_agree_within_one():
+    assert not torch.equal(masks(0), masks(1))
+    assert torch.equal(masks(1), masks(1))
+
+
+def test_every_plugin_of_the_command_line_has_a_row():
+    assert set(PLUGIN_TABLE) == set(PLUGINS) - {"auto"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_cpu", "compiles"),
+    [
+        ({"plugin": "torch_ddp"}, False, "on"),
+        ({"plugin": "torch_ddp"}, True, "off"),
+        ({"plugin": "gemini"}, False, "off"),
+        ({"plugin": "hybrid_parallel", "tp": 2}, False, "off"),
+        ({"plugin": "torch_ddp", "compile": "on"}, True, "on"),
+        ({"plugin": "torch_ddp", "compile": "off"}, False, "off"),
+    ],
+)
+def test_auto_compiles_on_a_gpu_where_the_plugin_allows_it(changes, on_cpu, compiles, monkeypatch):
+    monkeypatch.setattr(strategy.shutil, "which", lambda name: "/usr/bin/cc")
+    assert resolve_compile(replace(TrainArgs(), **changes), on_cpu=on_cpu) == compiles
+
+
+def test_without_a_c_compiler_auto_does_not_compile(monkeypatch):
+    monkeypatch.setattr(strategy.shutil, "which", lambda name: None)
+    assert resolve_compile(TrainArgs(plugin="torch_ddp"), on_cpu=False) == "off"
+
+
+def test_the_workload_counts_tied_weights_once_and_names_them_twice():
+    model = build_model(find_model(TrainArgs(model_name_or_path="tiny", from_scratch=True)), seed=0)
+    facts = workload(model, varying_length=False)
+    assert sum(facts.parameter_numels) == 3548672
+    assert facts.parameter_shapes["lm_head.weight"] == facts.parameter_shapes["model.decoder.embed_tokens.weight"]
