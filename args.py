@@ -243,6 +243,8 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--placement auto: places states itself; leave --offload_optim_frac and --offload_param_frac away")
     if plugin == "hybrid_parallel" and args.pp == 1 and (args.num_microbatches or args.pp_schedule != "1f1b"):
         found.append("--num_microbatches and --pp_schedule: need --pp above 1")
+    if args.compile == "on" and not args.packs_text:
+        found.append("--compile on: not with --dataset netflix, whose batches differ in length; use off or auto")
     if args.compile == "on" and plugin == "gemini":
         found.append("--compile on: not with gemini, whose parameters change their storage; use off or auto")
     found += _unused_problems(args)

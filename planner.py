@@ -591,7 +591,7 @@ def _precision(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> str:
 
 
 def _compiled(args: TrainArgs, *, on_cpu: bool) -> bool:
-    if args.plugin == "gemini" or args.tp > 1 or args.pp > 1:
+    if args.plugin == "gemini" or args.tp > 1 or args.pp > 1 or not args.packs_text:
         return False
     return args.compile == "on" or (args.compile == "auto" and not on_cpu)
 

@@ -41,6 +41,7 @@ def test_every_plugin_of_the_command_line_has_a_row():
         ({"plugin": "torch_ddp"}, False, "on"),
         ({"plugin": "torch_ddp"}, True, "off"),
         ({"plugin": "gemini"}, False, "off"),
+        ({"plugin": "torch_ddp", "dataset": "netflix"}, False, "off"),
         ({"plugin": "hybrid_parallel", "tp": 2}, False, "off"),
         ({"plugin": "torch_ddp", "compile": "on"}, True, "on"),
         ({"plugin": "torch_ddp", "compile": "off"}, False, "off"),
