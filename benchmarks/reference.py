@@ -29,6 +29,7 @@ class Recipe:
         max_grad_norm: 0: no clipping.
         micro_batch_size: rows that go through the model at once; decides which dropout masks are drawn.
         seed: of the dropout masks.
+        dtype: of weights and arithmetic; float64 shows what rounding alone changes.
     """
 
     learning_rate: float
@@ -39,6 +40,7 @@ class Recipe:
     dropout: float
     micro_batch_size: int
     seed: int
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Trained:
 def train(weights: Path, epochs: list[list[Step]], held_out: list[Row], recipe: Recipe, final: Path) -> Trained:
     """Train the model of the folder `weights`, and write it to the folder `final`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = OPTForCausalLM.from_pretrained(weights, dtype=torch.float32, dropout=recipe.dropout).to(device).train()
+    dtype = getattr(torch, recipe.dtype)
+    model = OPTForCausalLM.from_pretrained(weights, dtype=dtype, dropout=recipe.dropout).to(device).train()
     optimizer = make_optimizer(model, recipe)
     num_steps, warmup = sum(len(epoch) for epoch in epochs), recipe.num_warmup_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(

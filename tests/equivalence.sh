@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Trains the same tiny OPT under every plugin and shape, compares each run with a plain PyTorch loop that knows no
+# ColossalAI, and prints and writes one table. Ends with 1 where a case differs from the loop.
+#
+# Hardware: two CPU cores (1, 2 and 4 ranks on gloo); on NVIDIA GPUs as many ranks as there are GPUs, up to 4.
+# Time: about 15 minutes on two cores, with --quick about two.
+#
+#   bash tests/equivalence.sh                       # the whole matrix
+#   bash tests/equivalence.sh --quick               # each kind of strategy once
+#   bash tests/equivalence.sh --only 'pp-2.*fp32'   # the cases with such a name
+#   CUDA_VISIBLE_DEVICES= bash tests/equivalence.sh # on the CPU of a machine with a GPU
+set -euo pipefail
+# shellcheck source=launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+
+usage() {
+  cat <<'USAGE'
+usage: bash tests/equivalence.sh [flags...]
+
+  --quick            a slice: each kind of strategy once
+  --only REGEX       the cases whose name matches, as in the table's JSON
+  --train_file FILE  train on this text, a token a byte (default: LICENSE); 7 kB are enough
+  --output FOLDER    takes equivalence.md and equivalence.json (default: outputs/equivalence)
+
+SKIP_SETUP=1 makes no .venv and uses PYTHON as it is.
+USAGE
+}
+
+help_if_asked "$@"
+choose_python
+bash "$launcher_dir/setup.sh"
+# The modules are found from the project's folder; the user's relative paths from his own.
+export PYTHONPATH="$launcher_dir${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m benchmarks.equivalence "$@"
