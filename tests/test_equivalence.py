@@ -40,8 +40,6 @@ from benchmarks.equivalence_report import (
 )
 from conftest import ROOT
 
-pytestmark = pytest.mark.timeout(900)  # the slice takes two minutes on two cores that have nothing else to do
-
 QUICK = {case.name: case for case in quick_cases()}
 SOUND = [name for name, case in QUICK.items() if not case.fault]
 FAULTY = [name for name, case in QUICK.items() if case.fault]
@@ -68,7 +66,7 @@ def run_matrix(folder, *flags, timeout_s, **environment):
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
-    return run_matrix(tmp_path_factory.mktemp("equivalence"), "--quick", timeout_s=850, CUDA_VISIBLE_DEVICES="")
+    return run_matrix(tmp_path_factory.mktemp("equivalence"), "--quick", timeout_s=280, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.parametrize("name", SOUND)
