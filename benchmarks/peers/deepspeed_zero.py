@@ -3,7 +3,8 @@
     python -m benchmarks.peers.deepspeed_zero --stage 2 --offload --recompute --model_name_or_path 2.7b
 
 The model is bf16; ZeRO keeps fp32 master weights and moments. The optimizer is DeepSpeed's own (FusedAdam, and
-DeepSpeedCPUAdam for offload), which a compiler builds at the first use; where it cannot be built, torch's fused AdamW.
+DeepSpeedCPUAdam for offload), which a compiler builds at the first use; where it cannot be built, torch's fused AdamW. A
+build that is killed leaves a file `lock` in ~/.cache/torch_extensions, for which the next run waits: remove it.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Job:
         """Yield each step's batch on the device, copied from pinned memory while the device works."""
         rows = self.rows()
         loader: DataLoader[Any] = DataLoader(
-            rows,  # type: ignore[arg-type]
+            rows,
             self.args.per_device_train_batch_size,
             sampler=self.order(rows),
             collate_fn=data.Collator(pad_token_id=0),
