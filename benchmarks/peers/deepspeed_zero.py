@@ -102,9 +102,8 @@ def builds_own_adam(job: Job, options: argparse.Namespace) -> bool:
     """Return whether DeepSpeed's kernels for the optimizer could be built here, and note which one is used."""
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
-    on_host = options.offload or job.runtime.on_cpu
     try:
-        (CPUAdamBuilder if on_host else FusedAdamBuilder)().load(verbose=False)
+        (CPUAdamBuilder if options.offload else FusedAdamBuilder)().load(verbose=False)
     except Exception as error:  # whatever a compiler, or its absence, leads to
         job.notes.append(f"torch's AdamW, since DeepSpeed's could not be built ({type(error).__name__})")
         return False
