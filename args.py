@@ -60,7 +60,7 @@ class TrainArgs:
     lr_scheduler_type: str = flag("training", "linear", "learning-rate schedule, as in transformers.get_scheduler", choices=SCHEDULES)
     num_warmup_steps: int = flag("training", 0, "steps of linear warm-up; 0: off", type=int)
     warmup_ratio: float = flag("training", 0.0, "warm-up as a share of all steps; 0: off", type=float)
-    max_grad_norm: float = flag("training", 1.0, "clip the global gradient norm to this; 0: off", type=float)
+    max_grad_norm: float = flag("training", 0.0, "clip the global gradient norm to this; 0: off", type=float)
     num_train_epochs: int = flag("training", 1, "passes over the training data", type=int)
     max_train_steps: int | None = flag("training", None, "stop after this many steps, overrides epochs; off: epochs decide", type=int)
     logging_steps: int = flag("training", 10, "steps between two log lines", type=int)
@@ -78,8 +78,9 @@ class TrainArgs:
     num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: as many as divide it, up to 4 a stage", type=int)
     pp_schedule: str = flag("parallelism", "1f1b", "hybrid_parallel: pipeline schedule", choices=("1f1b", "interleaved"))
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
-    offload_optim_frac: float = flag("parallelism", 0.0, "gemini: share of optimizer states kept on the host, 0 to 1; low_level_zero: 0 or 1", type=float)
+    offload_optim_frac: float = flag("parallelism", 0.0, "gemini, and low_level_zero on one GPU: share of optimizer states kept on the host, 0 to 1; low_level_zero on several: 0 or 1", type=float)
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
+    step_in_backward: str = flag("parallelism", "auto", "low_level_zero on one GPU: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
     allow_cpu_fp16: bool = flag("parallelism", False, "rehearse fp16 on a CPU (slow; for tests)")
 
@@ -233,8 +234,8 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--zero_stage 2: not with --pp above 1; use --zero_stage 1")
     if plugin == "low_level_zero" and args.zero_stage == 0:
         found.append("--zero_stage 0: low_level_zero has stages 1 and 2; stage 0 is --plugin torch_ddp")
-    if plugin == "low_level_zero" and args.offload_optim_frac not in (0, 1):
-        found.append(f"--offload_optim_frac {args.offload_optim_frac}: low_level_zero takes 0 or 1; gemini takes any")
+    if args.step_in_backward == "on" and (args.max_grad_norm or precision == "fp16"):
+        found.append("--step_in_backward on: not with --max_grad_norm or fp16, which need all gradients first")
     if args.offload_param_frac and args.offload_optim_frac != 1:
         found.append("--offload_param_frac: needs --offload_optim_frac 1")
     if on_cpu and args.placement == "auto":
@@ -257,6 +258,7 @@ def _unused_problems(args: TrainArgs) -> list[str]:
         "tp": ("hybrid_parallel",), "pp": ("hybrid_parallel",), "num_microbatches": ("hybrid_parallel",),
         "pp_schedule": ("hybrid_parallel",), "zero_stage": ("low_level_zero", "hybrid_parallel"),
         "placement": ("gemini",), "offload_optim_frac": ("gemini", "low_level_zero"), "offload_param_frac": ("gemini",),
+        "step_in_backward": ("low_level_zero",),
     }  # fmt: skip
     defaults = TrainArgs()
     return [
@@ -270,12 +272,25 @@ def _layout_problems(args: TrainArgs, world_size: int, num_gpus: int, gpus_per_n
     found = []
     if num_gpus and gpus_per_node > num_gpus:
         found.append(f"{gpus_per_node} GPUs asked for, {num_gpus} here: start with {num_gpus} or fewer")
+    if args.plugin == "low_level_zero" and world_size > 1:
+        found += _sharded_zero_problems(args)
     if args.plugin != "hybrid_parallel" or min(args.tp, args.pp) < 1:
         return found
     if world_size % (args.tp * args.pp):
         found.append(f"--tp {args.tp} x --pp {args.pp}: must divide the {world_size} processes of this run")
     if args.pp > 1:
         found += _pipeline_problems(args)
+    return found
+
+
+def _sharded_zero_problems(args: TrainArgs) -> list[str]:
+    found = []
+    if args.offload_optim_frac not in (0, 1):
+        found.append(
+            f"--offload_optim_frac {args.offload_optim_frac}: low_level_zero on several GPUs takes 0 or 1; gemini any"
+        )
+    if args.step_in_backward == "on":
+        found.append("--step_in_backward on: low_level_zero has it on one GPU only")
     return found
 
 

@@ -16,6 +16,7 @@ from opt_sizes import OPT_SHAPES, OPTShape
 from planner import ModelShape, model_shape
 
 IGNORED = -100
+HOST = torch.device("cpu")
 PUBLISHED_SIZES = tuple(size for size in OPT_SHAPES if size not in ("tiny", "175b"))
 
 
@@ -170,21 +171,52 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def build_model(source: ModelSource, *, seed: int) -> nn.Module:
-    """Return the model in fp32 on the host, the same on every rank, with the summed loss.
+def build_model(source: ModelSource, *, seed: int, device: torch.device = HOST, room_bytes: float = 0.0) -> nn.Module:
+    """Return the model in fp32 with the summed loss, the same on every rank.
 
-    Pretrained safetensors are mapped, not read: the ranks of a machine share the pages until they write.
+    Random weights are drawn on `device`, which takes a GPU milliseconds and a host half a minute for 1.3b; they stay
+    there if they fit in `room_bytes`, and go to the host layer by layer if not. Pretrained safetensors are mapped to
+    the host, not read: the ranks of a machine share the pages until they write.
 
     Raises:
         ConfigError: the weights do not fill the model.
     """
     torch.manual_seed(seed)
     if source.weights is None:
-        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="sdpa")
+        model: Any = _random_weights(source.config, device, room_bytes)
     else:
         model = _load_weights(source)
     model.loss_function = summed_loss
     return model.train()
+
+
+def _random_weights(config: PretrainedConfig, device: torch.device, room_bytes: float) -> nn.Module:
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    # Buffers, such as rotary frequencies, are computed by the constructor, which meta tensors skip.
+    if device.type == "cpu" or any(True for _ in model.buffers()):
+        return AutoModelForCausalLM.from_config(config, **options)
+    return draw_weights(model, device, stay=4 * model.num_parameters() <= room_bytes)
+
+
+@torch.no_grad()
+def draw_weights(model: Any, device: torch.device, *, stay: bool) -> Any:
+    """Give a model on the meta device random weights, drawn module by module on `device`.
+
+    Args:
+        stay: leave them there; otherwise each module goes to the host before the next is drawn.
+    """
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    for module in model.modules():
+        if module is tied or not module._parameters:
+            continue
+        module.to_empty(device=device, recurse=False)
+        model._init_weights(module)
+        if not stay:
+            module._apply(torch.Tensor.cpu, recurse=False)
+    model.tie_weights()
+    return model
 
 
 def _load_weights(source: ModelSource) -> nn.Module:

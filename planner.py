@@ -15,8 +15,9 @@ from opt_sizes import OPTShape
 
 GIB = 2**30
 
-# What no plugin decides on a GPU: CUDA context, cuBLAS workspace, allocator rounding; NCCL's buffers. Estimates.
-CUDA_BYTES = int(0.75 * GIB)
+# On a GPU beside the allocator: CUDA context, loaded kernels, NCCL on one rank, 1.30 GiB measured on an H200; NCCL's
+# buffers between several ranks, an estimate.
+CUDA_BYTES = int(1.3 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: estimate.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
@@ -24,7 +25,7 @@ HOST_CUDA_PROCESS_BYTES = 4 * GIB
 # Pinned blocks are rounded up to a power of two; the mean of that factor over all sizes is 2 ln 2. Estimate.
 PINNED_ROUNDING = 1.39
 # Share of the limit that a setting must leave free to be called fitting: fragmentation and our own error. Estimate.
-FIT_MARGIN = 0.10
+FIT_MARGIN = 0.05
 # Log-softmax's backward holds three fp32 matrices of the logits' size: its output, and the gradients of both sides.
 EAGER_LOGIT_BYTES = 12
 # Compiled together with the model: 16-bit logits and one fp32 pass. Estimate, from 19.8 GiB at 125m, 32 x 1024.
@@ -34,9 +35,14 @@ BUCKET_ELEMENTS = 2 * 12 * 2**20
 # Gemini's chunks: an eighth of the layers, at most this many elements (colossal_ext/gemini_chunks.py).
 LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 
+# colossal_ext/local_zero.py: gradients collected before a launch; colossal_ext/host_updates.py: staging buffers.
+FLUSH_ELEMENTS = 2**25
+SLOT_ELEMENTS = 2**25
+NUM_SLOTS = 16
+
 # The flags that `auto` can decide and that advice has to name.
-AUTO_FLAGS = ("plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac")
-OFFLOAD_STEPS = tuple(step / 20 for step in range(1, 21))
+AUTO_FLAGS = ("plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward")
+OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class PlanRequest:
         batch_size: rows of one micro-batch of a replica (the GPUs that hold one copy of the model).
         num_microbatches: pieces the pipeline cuts it into.
         accumulates: whether a step has several micro-batches.
+        step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
         compiled: whether the whole model, loss included, is one compiled graph.
         dropout: whether dropout masks are kept.
@@ -127,6 +134,7 @@ class PlanRequest:
     checkpointed_layers: int = 0
     offload_optim_frac: float = 0.0
     offload_param_frac: float = 0.0
+    step_in_backward: bool = False
     compiled: bool = False
     dropout: bool = True
     gpu_gib: float | None = None
@@ -268,6 +276,8 @@ def _states(request: PlanRequest) -> States:
         return _gemini_states(request)
     if request.plugin == "hybrid_parallel" and request.zero_stage == 0:
         return _hybrid_states(request)
+    if request.plugin == "low_level_zero" and request.world_size == 1:
+        return _local_zero_states(request)
     return _zero_states(request)
 
 
@@ -297,6 +307,36 @@ def _zero_states(request: PlanRequest) -> States:
         communication=BUCKET_ELEMENTS * item,
         offloaded=(1 - on_device) * (12 * p // dp + copies),
     )
+
+
+def _local_zero_states(request: PlanRequest) -> States:
+    """LowLevelZero on one GPU (colossal_ext/local_zero.py): states on device and host, gradients in place.
+
+    Updated in the backward pass, gradients are gone at its end but for those collected for the next launch, and the
+    embedding's, which come last.
+    """
+    shape, item = request.shape, request.item_bytes
+    p, on_device = shape.num_params, 1 - _local_offload(request)
+    largest = item * shape.vocab_size * shape.embed_dim
+    gradients = min(item * p, item * FLUSH_ELEMENTS + largest) if request.step_in_backward else item * p
+    has_masters = item == 2 or request.offload_optim_frac > 0
+    slots = 0 if request.on_cpu else NUM_SLOTS * 4 * SLOT_ELEMENTS
+    return States(
+        parameters=item * p,
+        kept_gradients=item * p if request.accumulates else 0,
+        gradients=max(gradients, item * p if request.accumulates else 0),
+        step_gradients=0 if request.step_in_backward else item * p,
+        master_weights=int(4 * p * on_device) if has_masters else 0,
+        moments=int(8 * p * on_device),
+        communication=0,
+        offloaded=int(12 * p * (1 - on_device)) + (slots if request.offload_optim_frac else 0),
+    )
+
+
+def _local_offload(request: PlanRequest) -> float:
+    """Return the share that really goes to the host: whole layers, in which vectors are left out of account."""
+    shape, wanted = request.shape, request.offload_optim_frac * request.shape.num_params
+    return min(wanted + 0.5 * shape.layer_params / 4, shape.num_params) / shape.num_params if wanted else 0.0
 
 
 def _gemini_states(request: PlanRequest) -> States:
@@ -435,7 +475,7 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
         master_weights=states.master_weights,
         optimizer_moments=states.moments,
         communication_buffers=states.communication,
-        framework=_framework_bytes(request),
+        framework=0 if request.on_cpu else framework_bytes(request.world_size),
     )
     at_loss = replace(fixed, gradients=states.kept_gradients, activations=activations.saved, logits=activations.logits)
     first_layer = replace(at_loss, activations=activations.saved + activations.first_layer, logits=0)
@@ -453,10 +493,9 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
     }
 
 
-def _framework_bytes(request: PlanRequest) -> int:
-    if request.on_cpu:
-        return 0
-    return CUDA_BYTES + (NCCL_BYTES if request.world_size > 1 else 0)
+def framework_bytes(world_size: int) -> int:
+    """Return a GPU's bytes that its allocator does not see: CUDA context, loaded kernels, NCCL."""
+    return CUDA_BYTES + (NCCL_BYTES if world_size > 1 else 0)
 
 
 def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
@@ -486,6 +525,7 @@ class Choice:
     checkpointed_layers: int
     offload_optim_frac: float
     offload_param_frac: float
+    step_in_backward: bool
     reason: str
     plan: Plan
 
@@ -507,8 +547,9 @@ def resolve_auto(
 ) -> Choice:
     """Return the first setting, in order of expected speed, that is predicted to fit; flags that are given stand.
 
-    The order: torch_ddp, low_level_zero, gemini, gemini with ever more offload; each without recompute, then with as
-    few recomputed layers as do. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
+    The order on several GPUs: torch_ddp, low_level_zero, gemini, gemini with ever more offload; on one GPU:
+    low_level_zero, torch_ddp, low_level_zero updated in the backward pass and with ever more offload, gemini with all
+    offloaded. Each without recompute, then with as few recomputed layers as do. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
 
     Args:
         gpu_gib: memory of one GPU; None on a CPU.
@@ -531,18 +572,28 @@ def resolve_auto(
     return _choice(args, setting, predicted)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What `auto` can choose beside recompute."""
+
+    plugin: str
+    offload_optim_frac: float = 0.0
+    offload_param_frac: float = 0.0
+    step_in_backward: bool = False
+
+
 def _requests(
     args: TrainArgs, shape: ModelShape, world_size: int, gpu_gib: float | None, has_bf16: bool
 ) -> Iterator[PlanRequest]:
     """Yield the settings that the flags leave open, fastest first, without recompute."""
-    for plugin, optim_frac, param_frac in _plugins(args, on_cpu=gpu_gib is None, has_bf16=has_bf16):
-        named = replace(args, plugin=plugin)
+    for setting in _settings(args, world_size, on_cpu=gpu_gib is None, has_bf16=has_bf16):
+        named = replace(args, plugin=setting.plugin)
         precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
-        zero_stage = args.zero_stage if args.zero_stage is not None else int(plugin == "low_level_zero")
-        is_pipeline = plugin == "hybrid_parallel" and args.pp > 1
+        zero_stage = args.zero_stage if args.zero_stage is not None else int(setting.plugin == "low_level_zero")
+        is_pipeline = setting.plugin == "hybrid_parallel" and args.pp > 1
         yield PlanRequest(
             shape=shape,
-            plugin=plugin,
+            plugin=setting.plugin,
             precision=precision,
             world_size=world_size,
             batch_size=args.train_batch_size,
@@ -552,30 +603,51 @@ def _requests(
             pp=args.pp,
             num_microbatches=pipeline_microbatches(args) if is_pipeline else 1,
             accumulates=args.gradient_accumulation_steps > 1,
-            offload_optim_frac=optim_frac,
-            offload_param_frac=param_frac,
+            offload_optim_frac=setting.offload_optim_frac,
+            offload_param_frac=setting.offload_param_frac,
+            step_in_backward=setting.step_in_backward,
             compiled=_compiled(named, on_cpu=gpu_gib is None),
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
 
 
-def _plugins(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> Iterator[tuple[str, float, float]]:
-    """Yield (plugin, offloaded share of optimizer states, of parameters), fastest first."""
-    limited = not on_cpu or args.mem_cap > 0
+def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool) -> Iterator[_Setting]:
+    """Yield what the flags leave open, fastest first.
+
+    On one GPU with bf16 low_level_zero leads: its 16-bit weights need no casts and less memory (README, results).
+    """
+    can_step = _can_step_in_backward(args, world_size)
     if args.plugin != "auto":
-        yield args.plugin, args.offload_optim_frac, args.offload_param_frac
+        on = {"on": True, "off": False, "auto": can_step and args.offload_optim_frac > 0}[args.step_in_backward]
+        on = on and args.plugin == "low_level_zero"
+        yield _Setting(args.plugin, args.offload_optim_frac, args.offload_param_frac, on)
         return
+    limited = not on_cpu or args.mem_cap > 0
     lacks_bf16 = args.precision == "auto" and not on_cpu and not has_bf16
-    yield ("torch_ddp_fp16" if args.precision == "fp16" or lacks_bf16 else "torch_ddp"), 0.0, 0.0
-    if limited:
-        yield "low_level_zero", 0.0, 0.0
-    if not limited or args.precision == "fp32" or args.compile == "on":
+    ddp = _Setting("torch_ddp_fp16" if args.precision == "fp16" or lacks_bf16 else "torch_ddp")
+    zero = _Setting("low_level_zero")
+    if not limited:
+        yield ddp
         return
-    yield "gemini", 0.0, 0.0
-    for fraction in OFFLOAD_STEPS:
-        yield "gemini", fraction, 0.0
-    yield "gemini", 1.0, 1.0
+    alone, in_bf16 = world_size == 1, args.precision in ("auto", "bf16") and not lacks_bf16
+    yield from (zero, ddp) if alone and in_bf16 and not on_cpu else (ddp, zero)
+    can_step = can_step and not lacks_bf16
+    if alone:
+        yield from (replace(zero, step_in_backward=True),) if can_step else ()
+        for fraction in OFFLOAD_STEPS:
+            yield _Setting("low_level_zero", fraction, 0.0, can_step)
+    if args.precision == "fp32" or args.compile == "on":
+        return
+    if not alone:
+        yield _Setting("gemini")
+        for fraction in OFFLOAD_STEPS:
+            yield _Setting("gemini", fraction)
+    yield _Setting("gemini", 1.0, 1.0)
+
+
+def _can_step_in_backward(args: TrainArgs, world_size: int) -> bool:
+    return world_size == 1 and not args.max_grad_norm and args.precision != "fp16" and args.step_in_backward != "off"
 
 
 def _precision(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> str:
@@ -625,6 +697,8 @@ def _choice(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Choice:
         what.append(f"{request.offload_optim_frac:.0%} of optimizer states on the host")
     if request.offload_param_frac:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
+    if request.step_in_backward:
+        what.append("updated in the backward pass")
     what.append(_recompute_text(request))
     kind = "the fastest predicted to fit" if args.plugin == "auto" else "as asked"
     if not predicted.fits:
@@ -635,6 +709,7 @@ def _choice(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Choice:
         checkpointed_layers=request.checkpointed_layers,
         offload_optim_frac=request.offload_optim_frac,
         offload_param_frac=request.offload_param_frac,
+        step_in_backward=request.step_in_backward,
         reason=f"{', '.join(what)}: {kind}; {predicted.describe()}",
         plan=predicted,
     )

@@ -106,7 +106,7 @@ class Recorder:
         measured = {
             "loss": result.loss,
             "lr": result.learning_rate,
-            "grad_norm": result.grad_norm,
+            "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
             "tokens_per_s": rate.tokens_per_s,
             "mfu": per_device * self.flops.model / self.peak.flops if self.peak else None,
             "step_ms": rate.step_ms,
@@ -182,15 +182,16 @@ def _memory(job: Job, *, alone: bool) -> report.Memory:
     device = job.process.device
     # Gemini's automatic placement resets the allocator's marks as it measures: its peaks are not known.
     has_marks = not job.process.on_cpu and job.args.placement == "static"
-    peaks = [0.0, 0.0] if not has_marks else [
-        torch.cuda.max_memory_allocated(device) / report.GIB,
-        torch.cuda.max_memory_reserved(device) / report.GIB,
-    ]  # fmt: skip
-    maxima = torch.tensor([*peaks, report.host_peak_rss_gib()], dtype=torch.float64, device=device)
+    peaks = [0.0, 0.0, 0.0]
+    if has_marks:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        outside_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+        peaks = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), outside_bytes]
+    maxima = torch.tensor([*peaks, report.host_peak_rss_gib() * report.GIB], dtype=torch.float64, device=device)
     if not alone:
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    allocated_gib, reserved_gib, host_gib = maxima.tolist()
+    allocated, reserved, outside, host = (maxima / report.GIB).tolist()
     cap_gib = job.args.mem_cap * 1e9 / report.GIB if job.args.mem_cap else None
     if not has_marks:
-        return report.Memory(None, None, cap_gib, host_gib)
-    return report.Memory(allocated_gib, reserved_gib, cap_gib, host_gib)
+        return report.Memory(None, None, cap_gib, host)
+    return report.Memory(allocated, reserved, cap_gib, host, outside)

@@ -233,6 +233,7 @@ class Memory:
     Args:
         peak_allocated_gib: held by tensors.
         peak_reserved_gib: held by the allocator.
+        outside_gib: on the GPU beside it at the end: CUDA context, loaded kernels, NCCL, and other processes.
         cap_gib: the limit in force, None without one.
         host_peak_rss_gib: resident memory of the largest rank's process.
     """
@@ -241,6 +242,12 @@ class Memory:
     peak_reserved_gib: float | None
     cap_gib: float | None
     host_peak_rss_gib: float
+    outside_gib: float | None = None
+
+    @property
+    def peak_process_gib(self) -> float | None:
+        """What the GPU's driver sees of the process at its peak, None on a CPU."""
+        return None if self.peak_reserved_gib is None else self.peak_reserved_gib + (self.outside_gib or 0.0)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from args import ConfigError
+from planner import framework_bytes
 
 log = logging.getLogger("clm")
 
@@ -115,7 +116,8 @@ def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float =
 
     Args:
         timeout_s: seconds a collective may wait for another rank.
-        mem_cap_gb: cap on this rank's GPU memory in GB (10^9 bytes), kept by the allocator; 0: none.
+        mem_cap_gb: cap on this rank's GPU memory in GB (10^9 bytes); 0: none. The allocator keeps to it less what the
+            planner sets aside for the CUDA context, loaded kernels and NCCL, which it does not see.
     """
     if dist.is_initialized():  # several runs in one process
         return
@@ -128,7 +130,8 @@ def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float =
         torch.cuda.set_device(runtime.device)
         if mem_cap_gb:
             total_bytes = torch.cuda.get_device_properties(runtime.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, mem_cap_gb * 1e9 / total_bytes))
+            room_bytes = max(0.0, mem_cap_gb * 1e9 - framework_bytes(runtime.world_size))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, room_bytes / total_bytes))
         rendezvous["device_id"] = runtime.device
     backend = "gloo" if runtime.on_cpu else "nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **rendezvous)
@@ -233,6 +236,8 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
     An orderly end, which every rank reaches by itself, leaves through `sys.exit`. A failure of one rank leaves at
     once through `os._exit`: a rank that lingers in clean-up would keep the others in a collective until its timeout.
     """
+    # Without fixed segments, freed memory of one size serves another: a cap or a full GPU is used to the end.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     runtime = current_runtime()
     start_logging(runtime)
     try:

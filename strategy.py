@@ -90,6 +90,11 @@ class Engine:
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
 
     @property
+    def steps_in_backward(self) -> bool:
+        """Whether the backward pass of a step's last micro-batch updates weights."""
+        return getattr(self.plugin, "updates_in_backward", False)
+
+    @property
     def dp_rank(self) -> int:
         """This rank's place among the ranks that see different data."""
         return dist.get_rank(self._dp_group)
@@ -114,20 +119,24 @@ class Engine:
         """Draw different dropout masks on data-parallel ranks, the same on tensor-parallel ones."""
         torch.manual_seed(seed + 1 + self.dp_rank)
 
-    def forward_backward(self, batch: dict[str, Tensor], scale: Tensor, *, last: bool) -> Tensor:
-        """Add the gradients of one micro-batch and return its summed loss.
+    def forward_backward(
+        self, batch: dict[str, Tensor], scale: Tensor, *, last: bool, at_loss: Callable[[Tensor], None]
+    ) -> None:
+        """Add the gradients of one micro-batch.
 
         Args:
             batch: input_ids and labels, (B, T) int64.
             scale: scalar; the gradients are those of `scale` x the summed loss, averaged over data-parallel ranks.
             last: whether the step's gradients are complete, and may be exchanged, after this one.
+            at_loss: gets the summed loss: before the backward pass, except under a pipeline.
         """
         with self._accumulation(last):
             if self.is_pipeline:
-                return self._run_pipeline(batch, scale)
+                at_loss(self._run_pipeline(batch, scale))
+                return
             loss = self.model(**_to_device(batch, self.runtime.device)).loss
+            at_loss(self._counted(loss.detach()))
             self.booster.backward(loss * scale, self.optimizer)
-        return self._counted(loss.detach())
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -142,30 +151,41 @@ class Engine:
         finally:
             self.model.train()
 
-    def step(self) -> float | None:
-        """Clip, update the weights, advance the schedule, and return the gradient norm where it is known."""
+    def step(self) -> Tensor | float | None:
+        """Clip, update the weights and advance the schedule.
+
+        Returns:
+            The gradient norm before clipping, None where nothing computed it; a tensor has not been waited for.
+        """
         from colossal_ext.grad_norm import grad_norm
 
-        clips_here = self.args.max_grad_norm and self.args.plugin.startswith("torch_ddp")
-        norm = self._clip() if clips_here else None
-        self.optimizer.step()
+        norm: Tensor | float | None = None
+        if self.args.max_grad_norm and self.args.plugin.startswith("torch_ddp"):
+            norm = self._clip_and_update()
+        else:
+            self.optimizer.step()
         self.scheduler.step()
         if self.args.max_grad_norm and norm is None:
             norm = grad_norm(self.optimizer)
         self.optimizer.zero_grad()
         return norm
 
-    def _clip(self) -> float:
-        """Clip the gradients of TorchDDP, which leaves that to the user, and return their norm before."""
-        if self.args.precision == "fp16":
+    def _clip_and_update(self) -> Tensor | float:
+        """Clip and step under TorchDDP, which leaves the first to the user, and return the norm before."""
+        from colossal_ext.grad_norm import global_norm, number_if_there
+
+        has_scaler = self.args.precision == "fp16"
+        if has_scaler:
             self.optimizer.unscale_grad()
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        # On a CPU torch adds the squares of a tensor in fp32: 1e-4 off for an embedding's three million.
-        dtype = torch.float64 if self.runtime.on_cpu else torch.float32
-        norms = torch._foreach_norm([parameter.grad for parameter in parameters], 2, dtype=dtype)
-        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
-        nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return norm.item()
+        norm = global_norm([parameter.grad for parameter in parameters])
+        if has_scaler or self.runtime.on_cpu:
+            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            self.optimizer.step()
+        else:  # the kernel divides: neither a pass over the gradients nor a wait for the norm
+            div_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1)
+            self.optimizer.unwrap().step(div_scale=div_scale)
+        return number_if_there(norm)
 
     @property
     def learning_rate(self) -> float:
@@ -189,6 +209,14 @@ class Engine:
         from colossal_ext.states import load_states
 
         load_states(self.model, self.optimizer, self._layout, read, adam_step=adam_step)
+
+    def weights_are_finite(self) -> bool:
+        """Return whether no rank's weights hold an infinity or a NaN. A collective."""
+        from colossal_ext.states import weights_are_finite
+
+        bad = torch.tensor(not weights_are_finite(self.model, self.optimizer), device=self.runtime.device).int()
+        dist.all_reduce(bad)
+        return bad.item() == 0
 
     @property
     def adam_step(self) -> int:
@@ -254,7 +282,7 @@ class Engine:
 
     def _accumulation(self, last: bool) -> AbstractContextManager[None]:
         """Return the context that holds back the exchange of gradients until the last micro-batch."""
-        shards_gradients = self.args.plugin == "gemini" or self.args.zero_stage == 2
+        shards_gradients = self.args.plugin == "gemini" or (self.args.zero_stage == 2 and self.dp_size > 1)
         if last or shards_gradients:
             return nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
@@ -339,13 +367,21 @@ def _torch_ddp(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
 def _low_level_zero(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
     from colossalai.booster.plugin import LowLevelZeroPlugin
 
+    from colossal_ext.local_zero import LocalZeroPlugin
+
+    options = {
+        "stage": args.zero_stage,
+        "precision": args.precision,
+        "max_norm": args.max_grad_norm,
+        "initial_scale": INITIAL_LOSS_SCALE,
+    }
+    if runtime.world_size == 1:
+        in_backward = args.step_in_backward == "on"
+        return LocalZeroPlugin(offload_frac=args.offload_optim_frac, updates_in_backward=in_backward, **options)
     return LowLevelZeroPlugin(
-        stage=args.zero_stage,
-        precision=args.precision,
-        max_norm=args.max_grad_norm,
-        initial_scale=INITIAL_LOSS_SCALE,
         overlap_communication=not runtime.on_cpu,  # its streams have no CPU form
         cpu_offload=args.offload_optim_frac == 1,
+        **options,
     )
 
 

@@ -23,6 +23,9 @@ WITHOUT_HUB = (
     "--model_name_or_path DIR (or a size with --from_scratch), --tokenizer_name DIR, --train_file FILE"
 )
 
+# Share of a GPU's memory that fp32 weights may fill before the plugin has cast and placed them.
+WEIGHTS_ROOM = 0.4
+
 # Heavy packages are imported inside the functions: --help and a bad flag answer at once, and what is imported finds
 # its chatter silenced and the hub's reachability settled.
 
@@ -186,6 +189,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         gradient_checkpointing=str(choice.checkpointed_layers),
         offload_optim_frac=choice.offload_optim_frac,
         offload_param_frac=choice.offload_param_frac,
+        step_in_backward="on" if choice.step_in_backward else "off",
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
@@ -256,7 +260,12 @@ def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[E
     import trainer
 
     args, rows = job.args, job.data
-    module = model.build_model(job.source, seed=args.seed)
+    module = model.build_model(
+        job.source,
+        seed=args.seed,
+        device=job.process.device,
+        room_bytes=WEIGHTS_ROOM * (job.choice.plan.limit_bytes or 0),
+    )
     model.recompute_layers(module, int(args.gradient_checkpointing))
     engine = strategy.Engine(args, job.process, strategy.workload(module, varying_length=not args.packs_text))
     train_batches, eval_batches = (

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ Batch = dict[str, Tensor]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The global loss or gradient norm of a step is NaN or infinite; raised on every rank, before anything is saved."""
+    """A step's global loss, gradient norm or weights are NaN or infinite; raised on every rank, before a save."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class StepResult:
 
     Args:
         loss: mean over the step's real targets, nats a token.
-        grad_norm: global gradient norm before clipping, None where clipping is off.
+        grad_norm: global gradient norm before clipping, None where clipping is off; a tensor is not there yet.
         num_tokens, num_samples: without padding.
-        seconds: wall time since the step before, loading included, synchronised with the device at both ends.
+        seconds: wall time since the step before, loading included. On a GPU each step waits for its own loss, so that
+            the times of consecutive steps add up to the device's time, though the last work of a step counts in the next.
     """
 
     step: int
     loss: float
-    grad_norm: float | None
+    grad_norm: Tensor | float | None
     learning_rate: float
     num_tokens: int
     num_samples: int
@@ -115,6 +117,7 @@ class Trainer:
             bar.update(self.progress.step)
             while self.progress.step < schedule.num_steps and not self.interrupted:
                 self._train_epoch(batches, schedule, bar)
+        self._require_finite_weights()
 
     def _train_epoch(self, batches: DataLoader[Any], schedule: Schedule, bar: tqdm) -> None:
         args, epoch = self.engine.args, self.progress.epoch
@@ -140,32 +143,40 @@ class Trainer:
 
     def _save(self) -> None:
         if self.engine.args.save_strategy != "no" and self._saved_step < self.progress.step:
+            self._require_finite_weights()
             self.hooks.save(self.progress)
             self._saved_step = self.progress.step
             self._clock = time.perf_counter()
 
+    def _require_finite_weights(self) -> None:
+        """A finite loss may have a gradient that is not; without clipping nobody has looked at it."""
+        if not self.engine.weights_are_finite():
+            raise NonFiniteLoss(f"the weights after step {self.progress.step} are not finite; they are not saved")
+
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """Update the weights once from the rows of all ranks; the loss is normalised by their global target count."""
-        engine = self.engine
+        engine, step = self.engine, self.progress.step + 1
         counts = self._global_counts(micro_batches)
         scale = (engine.dp_size / counts[0].clamp(min=1)).float()
-        last = len(micro_batches) - 1
-        loss_sum = sum(
-            engine.forward_backward(batch, scale, last=index == last) for index, batch in enumerate(micro_batches)
-        )
-        # The all-reduce and `tolist` wait for the backward pass: every rank sees the same loss before it updates.
-        totals = torch.stack([loss_sum / counts[0].clamp(min=1), *counts])
-        dist.all_reduce(totals[:1])
-        loss, _, num_tokens, num_samples, stop = totals.tolist()
-        step = self.progress.step + 1
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the loss of step {step} is {loss}; stopped before the weights were updated")
+        totals = _StepTotals(step, counts)
+
+        def at_loss(loss: Tensor, *, last: bool) -> None:
+            totals.add(loss, last=last)
+            if last and engine.steps_in_backward:
+                totals.check()
+
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            engine.forward_backward(batch, scale, last=last, at_loss=partial(at_loss, last=last))
+        totals.check()
+        loss, _, num_tokens, num_samples, stop = totals.read()
         learning_rate = engine.learning_rate
         grad_norm = engine.step()
-        # In fp16 the loss scale is lowered and the step skipped.
-        if grad_norm is not None and not math.isfinite(grad_norm) and engine.args.precision != "fp16":
+        # One that is still on its way shows in the next loss, or in the weights before they are saved. In fp16 the
+        # loss scale is lowered and the step skipped.
+        in_fp16 = engine.args.precision == "fp16"
+        if isinstance(grad_norm, float) and not math.isfinite(grad_norm) and not in_fp16:
             raise NonFiniteLoss(f"the gradient norm of step {step} is {grad_norm}; its weights are not saved")
-        _synchronize(engine)
         self.interrupted = stop > 0
         self.progress = replace(
             self.progress,
@@ -193,6 +204,41 @@ class Trainer:
         return counts
 
 
+class _StepTotals:
+    """A step's loss and counts over the world, on their way to the host while the device goes on."""
+
+    def __init__(self, step: int, counts: Tensor) -> None:
+        self._step, self._counts = step, counts
+        self._loss_sum = torch.zeros((), device=counts.device)
+        self._totals = counts
+        self._arrived: torch.cuda.Event | None = None
+
+    def add(self, loss: Tensor, *, last: bool) -> None:
+        """Add this rank's summed loss of a micro-batch; a collective for the last one."""
+        self._loss_sum += loss
+        if not last:
+            return
+        totals = torch.stack([self._loss_sum / self._counts[0].clamp(min=1), *self._counts])
+        dist.all_reduce(totals[:1])
+        self._totals = totals
+        if totals.device.type == "cuda":
+            self._totals = torch.empty_like(totals, device="cpu", pin_memory=True).copy_(totals, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Return the mean loss and the counts: (loss, targets, tokens, rows, ranks asked to stop)."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._totals.tolist()
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss, on every rank, unless the loss is a number."""
+        loss = self.read()[0]
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the loss of step {self._step} is {loss}; stopped before the weights were updated")
+
+
 def evaluate(engine: Engine, batches: Iterable[Batch]) -> Evaluation:
     """Return the mean loss over every real target of the split, whatever the batch size and number of ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=engine.runtime.device)
@@ -209,11 +255,6 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _synchronize(engine: Engine) -> None:
-    if not engine.runtime.on_cpu:
-        torch.cuda.synchronize(engine.runtime.device)
 
 
 def _progress_bar(num_steps: int, is_main: bool) -> tqdm:

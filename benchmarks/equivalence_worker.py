@@ -168,10 +168,10 @@ def chunk_shares(engine: strategy.Engine) -> list[float]:
 def mean_of_means() -> AbstractContextManager[Any]:
     """Divide each micro-batch's loss by its own number of targets, as plain averaging does."""
 
-    def wrong(self: strategy.Engine, batch: dict[str, Tensor], scale: Tensor, *, last: bool) -> Tensor:
+    def wrong(self: strategy.Engine, batch: dict[str, Tensor], scale: Tensor, **options: Any) -> None:
         num_targets = max(model.count_targets(batch["labels"]), 1)
         share = 1.0 / (num_targets * self.args.gradient_accumulation_steps)
-        return right(self, batch, torch.full_like(scale, share), last=last)
+        right(self, batch, torch.full_like(scale, share), **options)
 
     right = strategy.Engine.forward_backward
     return patch.object(strategy.Engine, "forward_backward", wrong)

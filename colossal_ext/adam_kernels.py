@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,7 @@ class AdamSettings:
         step: the number of this update, from 1.
         decoupled: AdamW's weight decay if true, an L2 term in the gradient if false.
         div_scale: gradients are divided by it (loss scale x clipping) where it is positive; ColossalAI's -1 is "off".
+            An fp32 scalar tensor is read by the kernel, so that a norm on the device is not waited for.
     """
 
     step: int
@@ -37,32 +38,48 @@ class AdamSettings:
     weight_decay: float
     decoupled: bool = True
     bias_correction: bool = True
-    div_scale: float = -1.0
+    div_scale: float | torch.Tensor = -1.0
 
     @property
     def scales_gradients(self) -> bool:
-        return self.div_scale > 0 and self.div_scale != 1
+        return isinstance(self.div_scale, torch.Tensor) or (self.div_scale > 0 and self.div_scale != 1)
+
+    def divisor(self, device: torch.device) -> torch.Tensor:
+        """Return `div_scale` as an fp32 scalar on the device."""
+        if isinstance(self.div_scale, torch.Tensor):
+            return self.div_scale.to(device, torch.float32)
+        return torch.full((), self.div_scale, device=device)
 
 
 @dataclass
 class AdamTensors:
-    """Parallel lists: entry i of each belongs to parameter i, all of one shape and device."""
+    """Parallel lists: entry i of each belongs to parameter i, all of one shape and device.
+
+    Attributes:
+        copies: where the updated parameters go as well, in these tensors' dtype; empty: nowhere.
+    """
 
     grads: list[torch.Tensor]
     params: list[torch.Tensor]
     exp_avgs: list[torch.Tensor]
     exp_avg_sqs: list[torch.Tensor]
+    copies: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(cls) -> AdamTensors:
         return cls([], [], [], [])
 
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
-        for column, tensor in zip(self.columns, tensors, strict=True):
+        """Add a row of four tensors, or of five with the copy."""
+        for column, tensor in zip((*self._states, self.copies), tensors, strict=False):
             column.append(tensor)
 
     @property
     def columns(self) -> tuple[list[torch.Tensor], ...]:
+        return (*self._states, self.copies) if self.copies else self._states
+
+    @property
+    def _states(self) -> tuple[list[torch.Tensor], ...]:
         return self.grads, self.params, self.exp_avgs, self.exp_avg_sqs
 
     def rows(self) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -78,7 +95,7 @@ class AdamTensors:
 
 def plain_fp32(row: tuple[torch.Tensor, ...]) -> bool:
     """Return whether torch's kernel can take the row as it is: it reads memory in order, whatever the strides."""
-    return all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in row)
+    return len(row) == 4 and all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in row)
 
 
 def torch_fused_adam(tensors: AdamTensors, settings: AdamSettings, grad_scale: torch.Tensor | None = None) -> None:
@@ -125,7 +142,7 @@ class HostAdam:
         """Update parameters and states in place."""
         direct, rest = tensors.split(lambda row: plain_fp32(row) and not settings.scales_gradients)
         torch_fused_adam(direct, settings)
-        scale = torch.tensor(settings.div_scale) if settings.scales_gradients else None
+        scale = settings.divisor(torch.device("cpu")) if settings.scales_gradients else None
         for row in rest.rows():
             for block in zip(*(flat(tensor).split(self._block_numel) for tensor in row), strict=True):
                 self._update_block(block, settings, scale)
@@ -133,11 +150,13 @@ class HostAdam:
     def _update_block(
         self, block: tuple[torch.Tensor, ...], settings: AdamSettings, scale: torch.Tensor | None
     ) -> None:
-        work = [self._upcast(column, tensor, scale is not None) for column, tensor in enumerate(block)]
+        work = [self._upcast(column, tensor, scale is not None) for column, tensor in enumerate(block[:4])]
         torch_fused_adam(AdamTensors(*([tensor] for tensor in work)), settings, scale)
-        for original, updated in zip(block[1:], work[1:], strict=True):
+        for original, updated in zip(block[1:4], work[1:], strict=True):
             if updated is not original:
                 original.copy_(updated)
+        for copy in block[4:]:  # may be the gradient's own memory
+            copy.copy_(work[1])
 
     def _upcast(self, column: int, tensor: torch.Tensor, gradient_is_written: bool) -> torch.Tensor:
         if tensor.dtype is torch.float32 and not (column == 0 and gradient_is_written):
@@ -218,8 +237,13 @@ def multi_tensor_adam(
     settings = AdamSettings(
         step, lr, beta1, beta2, eps, weight_decay, mode == 1, bool(bias_correction), float(div_scale)
     )
+    update_device(AdamTensors(*tensor_lists), settings)
+
+
+def update_device(tensors: AdamTensors, settings: AdamSettings) -> None:
+    """Update CUDA parameters and their states in place; nothing waits for the device."""
     # Torch's kernel writes divided gradients back; ours does not.
-    direct, rest = AdamTensors(*tensor_lists).split(lambda row: plain_fp32(row) and not settings.scales_gradients)
+    direct, rest = tensors.split(lambda row: plain_fp32(row) and not settings.scales_gradients)
     torch_fused_adam(direct, settings)
     if rest.params:
         from . import triton_adam  # CPU-only torch has no Triton
@@ -290,12 +314,12 @@ class CompileFreeAdam(HybridAdam):
             raise ValueError("nvme_offload_fraction: CompileFreeAdam keeps its states in memory")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, div_scale: float = -1.0) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, div_scale: float | torch.Tensor = -1.0) -> float | None:
         """Update every parameter that has a gradient.
 
         Args:
             closure: recomputes and returns the loss.
-            div_scale: gradients are divided by it where it is positive.
+            div_scale: gradients are divided by it where it is positive; a scalar tensor is not waited for.
         """
         loss = None
         if closure is not None:
@@ -303,9 +327,12 @@ class CompileFreeAdam(HybridAdam):
                 loss = closure()
         for group in self.param_groups:
             for (on_host, step), tensors in self._batches(group).items():
-                settings = self._settings(group, step, div_scale)
-                (self._update_host if on_host else self._update_device)(tensors, settings)
+                self.update(on_host, tensors, self.settings(group, step, div_scale))
         return loss
+
+    def update(self, on_host: bool, tensors: AdamTensors, settings: AdamSettings) -> None:
+        """Update parameters and states in place, all on the host or all on the device."""
+        (self.cpu_adam_op.update if on_host else update_device)(tensors, settings)
 
     def _batches(self, group: dict[str, Any]) -> dict[tuple[bool, int], AdamTensors]:
         """Return the group's tensors by (on the host?, step number)."""
@@ -313,19 +340,21 @@ class CompileFreeAdam(HybridAdam):
         for param in group["params"]:
             if param.grad is None:
                 continue
-            state = self._advanced_state(param)
+            state = self.advanced_state(param)
             key = (param.device.type == "cpu", int(state["step"]))
             batches[key].append((param.grad.data, param.data, state["exp_avg"], state["exp_avg_sq"]))
         return batches
 
-    def _advanced_state(self, param: torch.Tensor) -> dict[str, Any]:
+    def advanced_state(self, param: torch.Tensor) -> dict[str, Any]:
+        """Return the parameter's moments, made where there are none yet, after counting an update."""
         state = self.state[param]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
         state["step"] += 1
         return state
 
-    def _settings(self, group: dict[str, Any], step: int, div_scale: float) -> AdamSettings:
+    def settings(self, group: dict[str, Any], step: int, div_scale: float | torch.Tensor = -1.0) -> AdamSettings:
+        """Return what the group says of its update number `step`."""
         beta1, beta2 = group["betas"]
         return AdamSettings(
             step,
@@ -336,24 +365,5 @@ class CompileFreeAdam(HybridAdam):
             group["weight_decay"],
             decoupled=self.adamw_mode,
             bias_correction=group["bias_correction"],
-            div_scale=float(div_scale),
-        )
-
-    def _update_host(self, tensors: AdamTensors, settings: AdamSettings) -> None:
-        self.cpu_adam_op.update(tensors, settings)
-
-    def _update_device(self, tensors: AdamTensors, settings: AdamSettings) -> None:
-        self.gpu_adam_op(
-            0,
-            self._dummy_overflow_buf,
-            list(tensors.columns),
-            settings.lr,
-            settings.beta1,
-            settings.beta2,
-            settings.eps,
-            settings.step,
-            int(settings.decoupled),
-            int(settings.bias_correction),
-            settings.weight_decay,
-            settings.div_scale,
+            div_scale=div_scale,
         )

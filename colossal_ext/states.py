@@ -8,6 +8,7 @@ bit for bit. ColossalAI 0.5.0's own files lose the fp32 weights of the 16-bit pl
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from .grad_norm import global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -124,6 +127,15 @@ def _set_working_chunk(chunk: Chunk) -> None:
     chunk.optim_sync_flag = True
     if chunk.device_type != "cpu":
         chunk.cpu_vis_flag = False  # a copy kept on the host is now stale
+
+
+def weights_are_finite(model: ModelWrapper, optimizer: OptimizerWrapper) -> bool:
+    """Return whether this rank's fp32 weights hold no infinity and no NaN. No collective."""
+    by_device = defaultdict(list)
+    for piece in _pieces(model, optimizer):
+        if piece.weight is not None and piece.numel:
+            by_device[piece.weight.device].append(piece.weight[: piece.numel])
+    return all(bool(global_norm(weights).isfinite()) for weights in by_device.values())
 
 
 def adam_step_of(optimizer: OptimizerWrapper) -> int:

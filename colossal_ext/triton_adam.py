@@ -23,7 +23,8 @@ CHUNK_NUMEL = 1 << 16
 BLOCK_NUMEL = 1024
 # Bytes; with less the compiler must load element by element.
 ALIGNMENT = 16
-COLUMNS = 5
+# A row of the table: the addresses of gradient, parameter, moments and copy (0: none), and the elements left.
+COLUMNS = 6
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -42,27 +43,40 @@ def adam_kernel(  # type: ignore[no-untyped-def]
     one_minus_beta2,
     eps,
     inverse_root_correction2,
-    inverse_scale,
+    div_scale,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
+    COPY: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update the chunk of row `program_id` of `table`: four addresses and the number of elements from there on."""
-    row = table + tl.program_id(0).to(tl.int64) * 5
+    """Update the chunk of row `program_id` of `table`: five addresses and the number of elements from there on.
+
+    The fifth, where COPY is a dtype, gets the updated parameter in that dtype. `div_scale` is the address of the
+    gradients' divisor, read where SCALED.
+    """
+    row = table + tl.program_id(0).to(tl.int64) * 6
     grads = tl.load(row).to(tl.pointer_type(GRAD))
     params = tl.load(row + 1).to(tl.pointer_type(PARAM))
     firsts = tl.load(row + 2).to(tl.pointer_type(FIRST))
     seconds = tl.load(row + 3).to(tl.pointer_type(SECOND))
+    if COPY is not None:
+        copies = tl.load(row + 4).to(tl.pointer_type(COPY))
     if ALIGNED:
         grads = tl.multiple_of(grads, 16)
         params = tl.multiple_of(params, 16)
         firsts = tl.multiple_of(firsts, 16)
         seconds = tl.multiple_of(seconds, 16)
-    end = tl.minimum(tl.load(row + 4), CHUNK).to(tl.int32)
+        if COPY is not None:
+            copies = tl.multiple_of(copies, 16)
+    inverse_scale = 1.0
+    if SCALED:
+        inverse_scale = 1.0 / tl.load(div_scale)
+    end = tl.minimum(tl.load(row + 5), CHUNK).to(tl.int32)
     # Only unmasked blocks are loaded and stored 16 bytes at a time.
     whole = end - end % BLOCK
     for start in range(0, whole + BLOCK, BLOCK):
@@ -87,11 +101,15 @@ def adam_kernel(  # type: ignore[no-untyped-def]
             tl.store(params + offset, param32.to(PARAM))
             tl.store(firsts + offset, first32.to(FIRST))
             tl.store(seconds + offset, second32.to(SECOND))
+            if COPY is not None:
+                tl.store(copies + offset, param32.to(COPY))
         else:
             mask = offset < end
             tl.store(params + offset, param32.to(PARAM), mask=mask)
             tl.store(firsts + offset, first32.to(FIRST), mask=mask)
             tl.store(seconds + offset, second32.to(SECOND), mask=mask)
+            if COPY is not None:
+                tl.store(copies + offset, param32.to(COPY), mask=mask)
 
 
 def update(tensors: AdamTensors, settings: AdamSettings) -> None:
@@ -106,11 +124,14 @@ def update(tensors: AdamTensors, settings: AdamSettings) -> None:
         # Pinned, so that the copy does not wait for the backward pass.
         host = torch.from_numpy(chunk_table(rows))
         table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        kinds = [TRITON_DTYPES[dtype] for dtype in dtypes]
         with _on(device):
             adam_kernel[(len(table),)](
                 table,
                 *kernel_scalars(settings),
-                *(TRITON_DTYPES[dtype] for dtype in dtypes),
+                settings.divisor(device),
+                *(kinds if len(kinds) == 5 else [*kinds, None]),
+                SCALED=settings.scales_gradients,
                 ALIGNED=aligned,
                 CHUNK=CHUNK_NUMEL,
                 BLOCK=BLOCK_NUMEL,
@@ -130,7 +151,8 @@ def _key(row: Row) -> tuple[torch.device, tuple[torch.dtype, ...], bool]:
 
 
 def chunk_table(rows: list[Row]) -> np.ndarray:
-    """Return the kernel's table, (chunks, 5) int64: four addresses, and the elements left in the tensor from there."""
+    """Return the kernel's table, (chunks, 6) int64, for rows of four tensors, or five with the copy."""
+    width = len(rows[0])
     addresses = np.array([[tensor.data_ptr() for tensor in row] for row in rows], dtype=np.int64)
     item_bytes = np.array([tensor.element_size() for tensor in rows[0]], dtype=np.int64)
     numels = np.array([row[1].numel() for row in rows], dtype=np.int64)
@@ -138,9 +160,9 @@ def chunk_table(rows: list[Row]) -> np.ndarray:
     tensor_of_chunk = np.repeat(np.arange(len(rows)), num_chunks)
     first_chunk = np.cumsum(num_chunks) - num_chunks
     start = (np.arange(len(tensor_of_chunk)) - first_chunk[tensor_of_chunk]) * CHUNK_NUMEL
-    table = np.empty((len(start), COLUMNS), dtype=np.int64)
-    table[:, :4] = addresses[tensor_of_chunk] + start[:, None] * item_bytes
-    table[:, 4] = numels[tensor_of_chunk] - start
+    table = np.zeros((len(start), COLUMNS), dtype=np.int64)
+    table[:, :width] = addresses[tensor_of_chunk] + start[:, None] * item_bytes
+    table[:, -1] = numels[tensor_of_chunk] - start
     return table
 
 
@@ -158,7 +180,6 @@ def kernel_scalars(settings: AdamSettings) -> tuple[float, ...]:
         1 - settings.beta2,
         settings.eps,
         1 / math.sqrt(correction2),
-        1 / settings.div_scale if settings.scales_gradients else 1.0,
     )
 
 

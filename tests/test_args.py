@@ -166,7 +166,10 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(flags: dict[str, An
         ({"plugin": "gemini", "precision": "fp32"}, "--precision fp32: gemini trains in bf16 or fp16"),
         ({"plugin": "hybrid_parallel", "precision": "fp32", "zero_stage": 1}, "--precision fp32: hybrid_parallel with"),
         ({"plugin": "low_level_zero", "zero_stage": 0}, "--zero_stage 0: low_level_zero has stages 1 and 2"),
-        ({"plugin": "low_level_zero", "offload_optim_frac": 0.5}, "--offload_optim_frac 0.5: low_level_zero takes 0"),
+        (
+            {"plugin": "low_level_zero", "step_in_backward": "on", "max_grad_norm": 1.0},
+            "--step_in_backward on: not with --max_grad_norm",
+        ),
         ({"plugin": "gemini", "offload_param_frac": 0.5}, "--offload_param_frac: needs --offload_optim_frac 1"),
         ({"plugin": "gemini", "compile": "on"}, "--compile on: not with gemini"),
     ],
@@ -174,6 +177,15 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(flags: dict[str, An
 def test_a_plugin_refuses_what_it_cannot_do(flags: dict[str, Any], problem: str) -> None:
     assert len(found(**flags)) == 1
     assert found(**flags)[0].startswith(problem)
+
+
+def test_several_gpus_share_the_states_out_so_their_share_on_the_host_is_all_or_nothing() -> None:
+    flags = {"plugin": "low_level_zero", "offload_optim_frac": 0.5, "step_in_backward": "on"}
+    assert found(**flags) == []
+    assert [problem.split(":")[0] for problem in found(world_size=2, num_gpus=2, gpus_per_node=2, **flags)] == [
+        "--offload_optim_frac 0.5",
+        "--step_in_backward on",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_a_checkpoint(monkeypa
         dp_size=1,
         counts=False,
         learning_rate=1e-3,
-        forward_backward=lambda batch, scale, last: torch.tensor(1.0),
+        steps_in_backward=False,
+        forward_backward=lambda batch, scale, last, at_loss: at_loss(torch.tensor(1.0)),
         step=lambda: math.nan,
     )
     loop = trainer.Trainer(engine, SimpleNamespace(number=0), trainer.Hooks(), checkpoint.Progress())

@@ -1,0 +1,160 @@
+"""Adam on the host, in a thread of its own, while the device goes on: gradients down, update, parameters up.
+
+Gradients come down in fp32, cast by the device: torch's fused kernel then takes a whole buffer in one parallel region.
+Casting them on the host in blocks that fit its caches moves fewer bytes but forks and joins the threads every 0.2 ms,
+beside a thread that feeds the GPU: measured 1.1 ns a parameter on 16 cores instead of 0.2.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adam_kernels import AdamSettings, AdamTensors, HostAdam
+
+# Elements of one staging buffer: 128 MiB of fp32, a power of two, since pinned blocks are rounded up to one.
+SLOT_NUMEL = 2**25
+# Gradients wait in these for the host's Adam; when all are taken the backward pass waits too.
+NUM_SLOTS = 16
+# Cores that the host's Adam leaves to the threads that feed the GPU, one for the forward and one for the backward pass.
+FEEDING_CORES = 2
+
+
+@dataclass
+class Slot:
+    """A staging buffer: a gradient comes down in it, and the updated parameter goes up from it.
+
+    Args:
+        grad: fp32, pinned where there is a GPU.
+        result: the same memory in the working parameters' dtype.
+        ready: when the buffer's content has arrived, or has left.
+    """
+
+    grad: Tensor
+    result: Tensor
+    ready: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class HostUpdate:
+    """One parameter with its states on the host.
+
+    Args:
+        working: flat parameter of the model, on the device, overwritten with the updated value.
+        master: flat fp32 parameter on the host.
+        exp_avg, exp_avg_sq: flat fp32 moments on the host.
+    """
+
+    working: Tensor
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    settings: AdamSettings
+
+
+class HostUpdates:
+    """Takes gradients from the device and gives updated parameters back, in the order they were submitted.
+
+    Host memory: NUM_SLOTS pinned buffers and nothing else; the states belong to the caller.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, largest_numel: int) -> None:
+        """Start the thread. Its Adam uses torch's number of threads, less those that feed a GPU.
+
+        Args:
+            dtype: of the working parameters.
+            largest_numel: elements of the largest parameter; no buffer needs to be larger.
+        """
+        self._on_gpu = device.type == "cuda"
+        self._down: Any = torch.cuda.Stream(device) if self._on_gpu else None
+        self._up: Any = torch.cuda.Stream(device) if self._on_gpu else None
+        self._work: queue.Queue[tuple[Slot, HostUpdate, slice] | None] = queue.Queue()
+        self._free: queue.Queue[Slot] = queue.Queue()
+        self._slot_numel = min(SLOT_NUMEL, 1 << (largest_numel - 1).bit_length())
+        for _ in range(NUM_SLOTS):
+            grad = torch.empty(self._slot_numel, pin_memory=self._on_gpu)
+            result = grad.view(dtype)[: self._slot_numel]
+            self._free.put(Slot(grad, result, torch.cuda.Event() if self._on_gpu else None))
+        self._num_threads = max(1, torch.get_num_threads() - FEEDING_CORES * self._on_gpu)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="host-adam", daemon=True)
+        self._thread.start()
+
+    def submit(self, grad: Tensor, update: HostUpdate) -> None:
+        """Update one parameter from its gradient, which may be freed at once; waits only for a free buffer.
+
+        The device's current stream must not read the working parameter after this call until `finish`.
+        """
+        for part in _parts(grad.numel(), self._slot_numel):
+            slot = self._free.get()
+            if slot.ready:
+                slot.ready.synchronize()
+            piece = grad.view(-1)[part]
+            with self._stream(self._down, after_current=True):
+                slot.grad[: piece.numel()].copy_(piece.float(), non_blocking=True)
+                if slot.ready:
+                    slot.ready.record()
+                    piece.record_stream(self._down)
+            self._work.put((slot, update, part))
+
+    def finish(self) -> None:
+        """Wait until every update is made and on its way up; the current stream waits for the rest.
+
+        Raises:
+            RuntimeError: an update failed.
+        """
+        self._work.join()
+        if self._error:
+            raise RuntimeError("Adam on the host failed") from self._error
+        if self._on_gpu:
+            torch.cuda.current_stream().wait_stream(self._up)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)  # of this thread
+        adam = HostAdam()
+        while (item := self._work.get()) is not None:
+            try:
+                if self._error is None:
+                    self._update(adam, *item)
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._free.put(item[0])
+                self._work.task_done()
+
+    @torch.no_grad()
+    def _update(self, adam: HostAdam, slot: Slot, update: HostUpdate, part: slice) -> None:
+        if slot.ready:
+            slot.ready.synchronize()
+        numel = part.stop - part.start
+        states = (state[part] for state in (update.master, update.exp_avg, update.exp_avg_sq))
+        adam.update(AdamTensors([slot.grad[:numel]], *([state] for state in states)), update.settings)
+        result = slot.result[:numel].copy_(update.master[part])
+        with self._stream(self._up):
+            update.working[part].copy_(result, non_blocking=True)
+            if slot.ready:
+                slot.ready.record()
+
+    def _stream(self, stream: Any, *, after_current: bool = False) -> AbstractContextManager[Any]:
+        if stream is None:
+            return nullcontext()
+        if after_current:
+            stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(stream)
+
+
+def _parts(numel: int, size: int) -> Iterator[slice]:
+    for start in range(0, numel, size):
+        yield slice(start, min(start + size, numel))

@@ -1,0 +1,208 @@
+"""ZeRO on one data-parallel rank: nothing to exchange, so nothing is bucketed, copied or gathered.
+
+ColossalAI 0.5.0 runs its whole machinery on a single rank too: gradients are copied into buckets and back, cast to
+fp32, scaled and normed one by one, and updated parameters are cast, bucketed and copied again. Here one launch reads
+the 16-bit gradients and writes states and 16-bit parameters. Any share of the states can live on the host, and the
+update can start while the backward pass goes on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from types import MethodType
+from typing import Any
+from weakref import proxy
+
+import torch
+from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.mixed_precision_mixin.base import MixedPrecisionMixin
+from colossalai.amp.naive_amp.mixed_precision_mixin.fp16 import FP16MixedPrecisionMixin
+from colossalai.booster.plugin import LowLevelZeroPlugin
+from colossalai.booster.plugin.low_level_zero_plugin import LowLevelZeroModel
+from colossalai.zero.low_level import LowLevelZeroOptimizer
+from torch import Tensor, nn
+
+from .adam_kernels import AdamTensors, CompileFreeAdam
+from .grad_norm import global_norm
+from .host_updates import HostUpdate, HostUpdates
+from .upstream import require_mended_version
+
+# Gradients of device-resident parameters are collected to this many elements before an update in the backward pass.
+FLUSH_NUMEL = 2**25
+# LowLevelZeroPlugin's options of the loss scale.
+SCALING_OPTIONS = (
+    "initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale",
+)  # fmt: skip
+
+
+class LocalZeroPlugin(LowLevelZeroPlugin):
+    """LowLevelZeroPlugin for one rank.
+
+    Args:
+        offload_frac: share of the fp32 weights and moments on the host, whole matrices from the last layer on, whose
+            gradients come first; vectors stay on the device.
+        updates_in_backward: update each parameter as soon as its gradient is there. Needs bf16 or fp32 and no
+            clipping, and the caller has to look at the loss before the backward pass.
+        kwargs: LowLevelZeroPlugin's.
+    """
+
+    def __init__(self, *, offload_frac: float = 0.0, updates_in_backward: bool = False, **kwargs: Any) -> None:
+        require_mended_version("colossalai.zero.low_level.LowLevelZeroOptimizer")
+        super().__init__(**kwargs)
+        if updates_in_backward and (self.precision == "fp16" or self.zero_optim_kwargs["clip_grad_norm"]):
+            raise ValueError("updates_in_backward: not with fp16 or clipping, which need all gradients first")
+        self.offload_frac, self.updates_in_backward = offload_frac, updates_in_backward
+
+    def support_no_sync(self) -> bool:
+        """Return True in stage 2 as well: there is no gradient elsewhere."""
+        return True
+
+    def configure(
+        self, model: nn.Module, optimizer: CompileFreeAdam | None = None, *rest: Any, **named: Any
+    ) -> tuple[Any, ...]:
+        """Return the wrapped model and optimizer; master weights are the model's own, before they are cast."""
+        if optimizer is None:
+            return super().configure(model, optimizer, *rest, **named)
+        masters = MasterWeights(model, self.offload_frac, get_accelerator().get_current_device())
+        wrapped = LowLevelZeroModel(model, self.precision)
+        zero = LocalZeroOptimizer(
+            optimizer, masters, updates_in_backward=self.updates_in_backward, **self.zero_optim_kwargs
+        )
+        wrapped.update_master_params = MethodType(zero.update_master_params, wrapped)
+        _, _, *others = super().configure(wrapped, zero, *rest, **named)
+        return wrapped, zero, *others
+
+
+class MasterWeights(dict[nn.Parameter, Tensor]):
+    """Flat fp32 weights by parameter, on the device or on the host. Those that are there already are taken, not copied.
+
+    Attributes:
+        on_host: the parameters whose states live on the host.
+    """
+
+    def __init__(self, model: nn.Module, offload_frac: float, device: torch.device) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.on_host = set(offloaded(parameters, offload_frac))
+        super().__init__()
+        for parameter in parameters:
+            place = torch.device("cpu") if parameter in self.on_host else device
+            self[parameter] = parameter.detach().to(place, torch.float32).contiguous().view(-1)
+
+
+def offloaded(parameters: Iterable[nn.Parameter], offload_frac: float) -> Iterator[nn.Parameter]:
+    """Yield the matrices whose states live on the host: from the last until the share of all elements is reached."""
+    parameters = list(parameters)
+    left = offload_frac * sum(parameter.numel() for parameter in parameters)
+    for parameter in reversed(parameters):
+        if left > 0 and parameter.ndim >= 2:
+            left -= parameter.numel()
+            yield parameter
+
+
+class LocalZeroOptimizer(LowLevelZeroOptimizer):
+    """LowLevelZeroOptimizer whose only rank holds everything. Its state dict is upstream's."""
+
+    def __init__(
+        self, optimizer: CompileFreeAdam, masters: MasterWeights, *, updates_in_backward: bool, **options: Any
+    ) -> None:
+        self._masters = masters
+        self._group_of = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        # Upstream's hooks would fill its buckets.
+        super().__init__(optimizer, **{**options, "overlap_communication": False, "partition_grad": False})
+        self.mixed_precision_mixin: MixedPrecisionMixin | None
+        if isinstance(self.mixed_precision_mixin, FP16MixedPrecisionMixin):
+            scaling = {name: options[name] for name in SCALING_OPTIONS}
+            self.mixed_precision_mixin = LocalFP16Mixin(self._group_of, **scaling)
+        self._host: HostUpdates | None = None
+        if masters.on_host:
+            largest = max(parameter.numel() for parameter in masters.on_host)
+            self._host = HostUpdates(get_accelerator().get_current_device(), self._dtype, largest_numel=largest)
+        self._pending: dict[tuple[int, int], AdamTensors] = defaultdict(AdamTensors.empty)
+        self._pending_numel = 0
+        if updates_in_backward:
+            self._attach_update_hooks()
+
+    def _create_master_param_current_rank(self, param_list: list[nn.Parameter]) -> list[Tensor]:
+        for parameter in param_list:
+            self.record_param_padding_size(parameter, 0)
+            self._working_param_to_padded_working_param[parameter] = parameter.data.view(-1)
+            self.link_master_and_working_param(self._masters[parameter], parameter)
+        return [self._masters[parameter] for parameter in param_list]
+
+    def _attach_update_hooks(self) -> None:
+        optimizer = proxy(self)
+
+        def update(parameter: Tensor) -> None:
+            if optimizer.require_grad_sync:
+                optimizer._update(parameter, 1.0)
+
+        for parameter in self._group_of:
+            self.grad_handles.append(parameter.register_post_accumulate_grad_hook(update))
+
+    def _reduce_grad(self, partition_grad: bool) -> None:
+        """Do nothing: the gradients are where they are needed."""
+
+    def step(self, closure: None = None) -> None:
+        """Update what the backward pass has not updated yet. Waits for the device only where the host needs a norm."""
+        assert closure is None, "closure is not supported by step()"
+        if not self.require_grad_sync:
+            return
+        mixin = self.mixed_precision_mixin
+        if mixin is not None and mixin.should_skip_step():
+            self.zero_grad()
+            return
+        waiting = [parameter for parameter in self._group_of if parameter.grad is not None]
+        div_scale = self._div_scale([parameter.grad for parameter in waiting])
+        for parameter in waiting:
+            self._update(parameter, div_scale)
+        self._flush(div_scale)
+        if self._host:
+            self._host.finish()
+
+    def _div_scale(self, grads: list[Tensor]) -> float | Tensor:
+        """Return what the gradients are to be divided by, loss scale x clipping, and remember their norm."""
+        scale = self.mixed_precision_mixin.get_grad_div_scale() if self.mixed_precision_mixin is not None else 1.0
+        if not self._clip_grad_norm or not grads:
+            return scale
+        self._current_grad_norm = norm = global_norm(grads)
+        div_scale = ((norm / scale + 1e-6) / self._clip_grad_norm).clamp(min=1) * scale
+        return div_scale.item() if self._host or norm.device.type == "cpu" else div_scale
+
+    def _update(self, parameter: nn.Parameter, div_scale: float | Tensor) -> None:
+        """Hand one parameter and its gradient to the host, or to the next launch on the device."""
+        assert parameter.grad is not None, "only parameters with a gradient are updated"
+        grad, parameter.grad = parameter.grad.contiguous().view(-1), None
+        number, master, working = self._group_of[parameter], self._masters[parameter], parameter.data.view(-1)
+        state = self.optim.advanced_state(master)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if self._host and parameter in self._masters.on_host:
+            settings = self.optim.settings(self.optim.param_groups[number], state["step"], div_scale)
+            self._host.submit(grad, HostUpdate(working, master, *moments, settings))
+            return
+        row = grad, master, *moments
+        is_own_master = master.data_ptr() == working.data_ptr()  # in fp32
+        self._pending[number, state["step"]].append(row if is_own_master else (*row, working))
+        self._pending_numel += grad.numel()
+        if self._pending_numel >= FLUSH_NUMEL:
+            self._flush(div_scale)
+
+    def _flush(self, div_scale: float | Tensor) -> None:
+        """Update the collected parameters."""
+        for (number, step), tensors in self._pending.items():
+            on_host = tensors.params[0].device.type == "cpu"
+            self.optim.update(on_host, tensors, self.optim.settings(self.optim.param_groups[number], step, div_scale))
+        self._pending.clear()
+        self._pending_numel = 0
+
+
+class LocalFP16Mixin(FP16MixedPrecisionMixin):
+    """Loss scaling that looks for overflows where the gradients are."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **scaling: float) -> None:
+        super().__init__(**scaling)
+        self._parameters = list(parameters)
+
+    def check_local_overflow(self) -> bool:
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return bool(grads) and not bool(global_norm(grads).isfinite())

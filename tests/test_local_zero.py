@@ -1,0 +1,89 @@
+"""LowLevelZero on one rank: its own optimizer, on the host and in the backward pass, trains like the plain loop."""
+
+import pytest
+import torch
+
+from colossal_ext.adam_kernels import AdamSettings, AdamTensors, HostAdam
+from colossal_ext.host_updates import HostUpdate, HostUpdates
+from colossal_ext.local_zero import offloaded
+
+PLAIN = "--plugin torch_ddp"
+ZERO = "--plugin low_level_zero"
+CLIPPED = "--max_grad_norm 0.5 --gradient_accumulation_steps 2"
+RUNS = {
+    "plain": PLAIN,
+    "plain clipped": f"{PLAIN} {CLIPPED}",
+    "zero": ZERO,
+    "zero clipped": f"{ZERO} {CLIPPED}",
+    "stage 2 accumulated": f"{ZERO} --zero_stage 2 {CLIPPED}",
+    "half on the host": f"{ZERO} --offload_optim_frac 0.5",
+    "all on the host, clipped": f"{ZERO} --offload_optim_frac 1 {CLIPPED}",
+    "bf16": f"{ZERO} --precision bf16",
+    "bf16 on the host": f"{ZERO} --precision bf16 --offload_optim_frac 0.5 --step_in_backward off",
+    "bf16 on the host, in the backward pass": f"{ZERO} --precision bf16 --offload_optim_frac 0.5",
+    "bf16 in the backward pass": f"{ZERO} --precision bf16 --step_in_backward on",
+    "fp16": f"{ZERO} --precision fp16 --allow_cpu_fp16 {CLIPPED}",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, run_many):
+    return run_many(tmp_path_factory.mktemp("runs"), {name: flags.split() for name, flags in RUNS.items()}, world=1)
+
+
+@pytest.mark.parametrize(("name", "reference"), [(name, "plain") for name in RUNS if "zero" in name or "host" in name])
+def test_losses_are_those_of_plain_training(runs, name, reference):
+    run = runs[name]
+    assert run.code == 0, run.output
+    reference = "plain clipped" if CLIPPED in RUNS[name] else "plain"
+    tolerance = 2e-3 if "16" in name else 1e-6
+    assert run.losses == pytest.approx(runs[reference].losses, rel=tolerance)
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_stage_and_loss_scaling_do_not_change_the_model(runs):
+    assert runs["stage 2 accumulated"].losses == runs["zero clipped"].losses
+    assert runs["fp16"].losses == pytest.approx(runs["plain clipped"].losses, rel=2e-3)
+
+
+def test_updates_in_the_backward_pass_and_on_the_host_change_no_bit(runs):
+    expected = runs["bf16"].losses
+    for name in ("bf16 on the host", "bf16 on the host, in the backward pass", "bf16 in the backward pass"):
+        assert runs[name].losses == expected, name
+    steps = {name: runs[name].result["args"]["step_in_backward"] for name in runs if name.startswith("bf16 on")}
+    assert steps == {"bf16 on the host": "off", "bf16 on the host, in the backward pass": "on"}
+
+
+def test_the_last_matrices_go_to_the_host_until_the_share_is_reached():
+    matrices = [torch.nn.Parameter(torch.zeros(4, 5)) for _ in range(3)]
+    vector = torch.nn.Parameter(torch.zeros(4))
+    parameters = [matrices[0], vector, *matrices[1:]]
+    assert list(offloaded(parameters, 0.0)) == []
+    assert [id(each) for each in offloaded(parameters, 0.3)] == [id(matrices[2])]
+    assert [id(each) for each in offloaded(parameters, 1.0)] == [id(each) for each in reversed(matrices)]
+
+
+def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("colossal_ext.host_updates.SLOT_NUMEL", 8)
+    torch.manual_seed(0)
+    settings = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    master, grad = torch.randn(8 * 20 + 3), torch.randn(8 * 20 + 3).bfloat16()
+    expected = [master.clone(), torch.zeros_like(master), torch.zeros_like(master)]
+    HostAdam().update(AdamTensors([grad], *([each] for each in expected)), settings)
+    states = [master, torch.zeros_like(master), torch.zeros_like(master)]
+    working = torch.zeros(len(master), dtype=torch.bfloat16)
+    updates = HostUpdates(torch.device("cpu"), torch.bfloat16, largest_numel=len(master))
+    updates.submit(grad, HostUpdate(working, states[0], states[1], states[2], settings))
+    updates.finish()
+    updates.close()
+    torch.testing.assert_close(states, expected)
+    assert torch.equal(working, states[0].bfloat16())
+
+
+def test_a_failed_update_is_raised_where_it_is_waited_for():
+    updates = HostUpdates(torch.device("cpu"), torch.float32, largest_numel=4)
+    zeros = torch.zeros(4)
+    updates.submit(zeros, HostUpdate(zeros, zeros, zeros, zeros, None))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="Adam on the host failed"):
+        updates.finish()
+    updates.close()
