@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import COLUMNS, Row, hardware_line, text
+from benchmarks.table import COLUMNS, Row, common_line, hardware_line, split_columns, text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -25,7 +25,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
 th.words, td.words { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; }
-th { background: #f2f2f2; vertical-align: bottom; }
+th { background: #f2f2f2; vertical-align: bottom; white-space: normal; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid #0072b2; }
 th button::after { content: " \\2195"; color: #999; }
@@ -80,7 +80,8 @@ def write(rows: Sequence[Row], pictures: Sequence[Path], folder: Path, *, num_ce
         pictures: SVG files, taken into the page.
         num_cells: cells of the sweep, of which those not yet measured have no row.
     """
-    about = f"{hardware_line(rows)}; {time.strftime('%Y-%m-%d')}; {len(rows)} of {num_cells} cells measured"
+    classes, (same, _) = _classes(rows), split_columns(rows)
+    about = f"{hardware_line(rows)}, {time.strftime('%Y-%m-%d')}; {common_line(rows, same)}; {len(rows)} of {num_cells} cells"
     choices = " ".join(_choice(name, rows) for name in ("model", "plugin", "status"))
     html = f"""<!doctype html>
 <html lang="en">
@@ -102,9 +103,9 @@ rank's. Click a heading to sort; hover it for its meaning.</p>
 <span id="count" aria-live="polite"></span>
 </div>
 <div class="scroll"><table>
-<thead><tr>{"".join(_head(spec, rows) for spec in COLUMNS)}</tr></thead>
+<thead><tr>{"".join(_head(spec, classes[spec.name]) for spec in COLUMNS)}</tr></thead>
 <tbody>
-{chr(10).join(_row(row, rows) for row in rows)}
+{chr(10).join(_row(row, classes) for row in rows)}
 </tbody>
 </table></div>
 <div class="pictures">
@@ -123,29 +124,30 @@ def _choice(name: str, rows: Sequence[Row]) -> str:
     return f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>'
 
 
-def _classes(spec: Field[Any], rows: Sequence[Row]) -> str:
-    """Return the class of a column: words or numbers, shown at first or on demand, where it has anything to show."""
-    is_empty = all(getattr(row, spec.name) in (None, "") for row in rows)
-    found = [] if spec.metadata["form"] else ["words"]
-    found += ["long"] if spec.name == "reason" else []
-    has_reason = spec.name == "reason" and not is_empty
-    found += [] if (spec.metadata["main"] and not is_empty) or has_reason else ["more"]
-    return " ".join(found)
+def _classes(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the class of each column: words or numbers, shown at first or on demand."""
+    shown = {spec.name for spec in split_columns(rows)[1]}
+    shown |= {"reason"} if any(row.reason for row in rows) else set()
+    found = {}
+    for spec in COLUMNS:
+        kinds = {"words": not spec.metadata["form"], "long": spec.name == "reason", "more": spec.name not in shown}
+        found[spec.name] = " ".join(kind for kind, is_so in kinds.items() if is_so)
+    return found
 
 
-def _head(spec: Field[Any], rows: Sequence[Row]) -> str:
+def _head(spec: Field[Any], kind: str) -> str:
     title = escape(spec.metadata["help"] or spec.metadata["label"])
     label = escape(spec.metadata["label"])
-    return f'<th scope="col" class="{_classes(spec, rows)}" title="{title}" data-name="{spec.name}"><button>{label}</button></th>'
+    return f'<th scope="col" class="{kind}" title="{title}" data-name="{spec.name}"><button>{label}</button></th>'
 
 
-def _row(row: Row, rows: Sequence[Row]) -> str:
+def _row(row: Row, classes: Mapping[str, str]) -> str:
     cells = []
     for spec in COLUMNS:
         value = getattr(row, spec.name)
         exact = "" if value is None else escape(str(value))
         shown = escape(text(value, spec.metadata["form"]))
-        cells.append(f'<td class="{_classes(spec, rows)}" data-value="{exact}">{shown}</td>')
+        cells.append(f'<td class="{classes[spec.name]}" data-value="{exact}">{shown}</td>')
     data = " ".join(f'data-{name}="{escape(str(getattr(row, name)))}"' for name in ("model", "plugin", "status"))
     return f"<tr {data}>{''.join(cells)}</tr>"
 

@@ -72,12 +72,11 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
     figure, panels = grid(rows, "Throughput by batch", setting_without("batch_size"))
     for axes, group in panels:
         for plugin, line in by_plugin(group):
-            points = sorted((row for row in line if row.tokens_per_s), key=lambda row: row.batch_size)
-            spread = spreads(points)
+            points = sorted(line, key=lambda row: row.batch_size)
             axes.errorbar(
                 [row.batch_size for row in points],
-                [row.tokens_per_s or 0 for row in points],
-                yerr=spread,
+                [row.tokens_per_s or math.nan for row in points],  # a missing point is a gap in the line
+                yerr=spreads(points),
                 capsize=3,
                 label=plugin,
                 markersize=5.5,
@@ -183,18 +182,35 @@ def memory_and_speed(rows: Sequence[Row]) -> Figure | None:
     figure, panels = grid(rows, "Memory against speed (numbers: batch)", setting_without("batch_size"))
     for axes, group in panels:
         for plugin, line in by_plugin(group):
-            points = sorted((row for row in line if measure(row)), key=lambda row: row.batch_size)
-            x, y = [measure(row) or 0 for row in points], [row.tokens_per_s_per_gpu or 0 for row in points]
+            points = sorted(line, key=lambda row: row.batch_size)
+            x, y = ([get(row) or math.nan for row in points] for get in (measure, gpu_speed))
             axes.plot(x, y, label=plugin, linewidth=0.9, markersize=6, **style_of(plugin))
-            for row, left, up in zip(points, x, y, strict=True):
-                axes.annotate(str(row.batch_size), (left, up), xytext=(6, -3), textcoords="offset points", fontsize=8)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.12)
+        name_batches(
+            axes, [(measure(row) or 0, gpu_speed(row) or 0, row.batch_size) for row in group if gpu_speed(row)]
+        )
         axes.set_xlabel("peak GiB a GPU" if measure is gpu_memory else "peak GiB of host memory a process")
         axes.set_ylabel("tokens/s a GPU")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(FuncFormatter(thousands))
     return finish(figure, rows)
+
+
+def name_batches(axes: Axes, points: Sequence[tuple[float, float, int]]) -> None:
+    """Write the batch beside each (x, y, batch), once where marks of one batch lie together."""
+    named: list[tuple[float, float, int]] = []
+    for x, y, batch in sorted(points, key=lambda point: -point[1]):
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+        if any(batch == other and abs(across - a) < 0.05 and abs(up - u) < 0.055 for a, u, other in named):
+            continue
+        named.append((across, up, batch))
+        axes.annotate(str(batch), (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+
+
+def gpu_speed(row: Row) -> float | None:
+    """Return tokens/s of one GPU."""
+    return row.tokens_per_s_per_gpu
 
 
 def scaling(rows: Sequence[Row]) -> Figure | None:
@@ -214,6 +230,7 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
             ends = [first.num_gpus, counts[-1]]
             axes.plot(ends, [one * end for end in ends], color=look["color"], linewidth=0.7, alpha=0.8)
         axes.set_xticks(counts)
+        axes.margins(x=0.08)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("GPUs")
         axes.set_ylabel("tokens/s, all GPUs")
@@ -226,12 +243,6 @@ PICTURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
     "memory": memory,
     "memory-and-speed": memory_and_speed,
     "scaling": scaling,
-}
-TITLES = {
-    "throughput": "Throughput by batch",
-    "memory": "Peak memory",
-    "memory-and-speed": "Memory against speed",
-    "scaling": "Scaling over GPUs",
 }
 
 
@@ -263,7 +274,7 @@ def setting_without(varied: str) -> Setting:
 def grid(rows: Sequence[Row], title: str, setting: Setting) -> tuple[Figure, list[tuple[Axes, list[Row]]]]:
     """Return a figure with a panel a setting, named by what differs between the panels."""
     settings = list(dict.fromkeys(map(setting, rows)))
-    num_columns = min(COLUMNS, len(settings))
+    num_columns = 2 if len(settings) == 4 else min(COLUMNS, len(settings))
     num_rows = math.ceil(len(settings) / num_columns)
     figure = Figure(figsize=(WIDTH_IN, PANEL_HEIGHT_IN * num_rows + HEAD_IN), layout="constrained")
     figure.suptitle(title, fontweight="bold", fontsize=12, x=0.01, ha="left")
@@ -282,7 +293,8 @@ def panel_title(row: Row, rows: Sequence[Row], setting: Setting) -> str:
     """Return the settings of a panel that are not obvious: the model, the GPUs, and what differs between panels."""
     names: list[str] = setting.names  # type: ignore[attr-defined]
     shown = [name for name in names if name == "model" or len({getattr(other, name) for other in rows}) > 1]
-    parts = [SETTING_TEXTS[name].format(getattr(row, name)) for name in shown if getattr(row, name) or name == "model"]
+    parts = [SETTING_TEXTS[name].format(getattr(row, name)) for name in shown if getattr(row, name)]
+    parts = [f"{part}s" if part.endswith(" GPU") and row.num_gpus > 1 else part for part in parts]
     asked = {setting(other)[-1] for other in rows}
     return ", ".join([*parts, *([setting(row)[-1]] if len(asked) > 1 else [])])
 
@@ -297,12 +309,14 @@ def spreads(rows: Sequence[Row]) -> list[list[float]] | None:
     """Return how far the slowest and the fastest run lie from the median; None where no cell was repeated."""
     if not any(row.num_runs > 1 for row in rows):
         return None
-    triples = [(row.tokens_per_s or 0, row.tokens_per_s_min or 0, row.tokens_per_s_max or 0) for row in rows]
-    return [[middle - low for middle, low, _ in triples], [high - middle for middle, _, high in triples]]
+    triples = [(row.tokens_per_s_min or 0, row.tokens_per_s or 0, row.tokens_per_s_max or 0) for row in rows]
+    return [[middle - low for low, middle, _ in triples], [high - middle for _, middle, high in triples]]
 
 
 def thousands(value: float, position: int | None = None) -> str:
-    """Return a tick's text: 0, 250, 1.5k, 320k."""
+    """Return a tick's text: 0, 250, 1.5k, 320k, 1.2M."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
     return f"{value:g}" if abs(value) < 1000 else f"{value / 1000:g}k"
 
 
@@ -316,7 +330,14 @@ def finish(figure: Figure, rows: Sequence[Row], *, bars: bool = False) -> Figure
     handles: list[Any] = [_bar_key(plugin) if bars else _line_key(plugin) for plugin in plugins]
     if bars and any(row.peak_reserved_gib for row in rows):
         handles.append(matplotlib.lines.Line2D([], [], color="#d00000", linewidth=1.8, label="predicted"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), handlelength=2.8)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(6, len(handles)),
+        handlelength=2.6,
+        columnspacing=1.3,
+        fontsize=9,
+    )
     return figure
 
 

@@ -102,7 +102,6 @@ class Row:
     seq_len: int = column("length", "d", main=True, help="tokens a row")
     mem_cap_gb: float = column("cap GB", "g", main=True, help="memory cap of each GPU, 10^9 bytes; 0: none")
     status: str = column("status", main=True)
-    reason: str = column("reason")
     num_runs: int = column("runs", "d", main=True, help="runs that were ok, of which the figures are medians")
     tokens_per_s: float | None = column("tokens/s", ",.0f", main=True, help="all GPUs together, after warm-up")
     tokens_per_s_min: float | None = column("tokens/s min", ",.0f", help="slowest run")
@@ -126,6 +125,7 @@ class Row:
     host_gib: float | None = column("host GiB", ",.2f", main=True, help="peak resident memory, largest rank")
     predicted_gib: float | None = column("predicted GiB", ",.2f", main=True, help="of one device, by the plan, CUDA context included")
     prediction_error_percent: float | None = column("prediction error %", "+.0f", main=True, help="predicted over reserved")
+    reason: str = column("reason", help="why the cell is not ok")
     first_loss: float | None = column("first loss", ".4f")
     last_loss: float | None = column("last loss", ".4f")
     recomputed_layers: str | None = column("recomputed layers")
@@ -309,18 +309,26 @@ def read(folder: Path) -> list[Row]:
     return [Row(**{name: value for name, value in row.items() if name in known}) for row in whole]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return the table for people: what is the same in every row stands above it, what failed has its reason below."""
+def split_columns(rows: Sequence[Row]) -> tuple[list[Field[Any]], list[Field[Any]]]:
+    """Return the settings that are the same in every row, and the main columns that are left and not empty."""
     shown = [
         spec for spec in COLUMNS if spec.metadata["main"] and any(getattr(row, spec.name) is not None for row in rows)
     ]
     settings = {spec.name for spec in fields(Cell)} - {"plugin"}
     same = [spec for spec in shown if spec.name in settings and len({getattr(row, spec.name) for row in rows}) == 1]
-    columns = [spec for spec in shown if spec not in same]
-    common = ", ".join(
-        f"{spec.metadata['label']} {text(getattr(rows[0], spec.name), spec.metadata['form'])}" for spec in same
-    )
-    lines = [f"{hardware_line(rows)}, {time.strftime('%Y-%m-%d')}; {common or 'no cell'}.", ""]
+    return same, [spec for spec in shown if spec not in same]
+
+
+def common_line(rows: Sequence[Row], same: Sequence[Field[Any]]) -> str:
+    """Return what is the same in every row, in words."""
+    parts = [f"{spec.metadata['label']} {text(getattr(rows[0], spec.name), spec.metadata['form'])}" for spec in same]
+    return ", ".join(part for part in parts if part != "cap GB 0") or "no two cells alike"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the table for people: what is the same in every row stands above it, what failed has its reason below."""
+    same, columns = split_columns(rows)
+    lines = [f"{hardware_line(rows)}, {time.strftime('%Y-%m-%d')}; {common_line(rows, same)}.", ""]
     lines += ["| " + " | ".join(spec.metadata["label"] for spec in columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [text(getattr(row, spec.name), spec.metadata["form"]).replace("|", "\\|") for spec in columns]
