@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -69,7 +71,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
     ok = [row for row in rows if row.tokens_per_s]
     if not ok:
         return None
-    figure, panels = grid(rows, "Throughput by batch", setting_without("batch_size"))
+    figure, panels = grid(rows, "Throughput by batch", Setting("batch_size"))
     for axes, group in panels:
         for plugin, line in by_plugin(group):
             points = sorted(line, key=lambda row: row.batch_size)
@@ -102,7 +104,7 @@ def mark_lost(axes: Axes, group: Sequence[Row], batches: Sequence[int]) -> None:
         lost = [row for row in group if row.batch_size == batch and row.status == "oom"]
         for height, row in enumerate(lost):
             at = 0.045 + 0.07 * height
-            mark = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            mark: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
             look = style_of(row.plugin) | {"linestyle": "none"}
             axes.plot([batch], [at], markersize=5.5, fillstyle="none", **look, **mark)
             axes.annotate(
@@ -117,7 +119,7 @@ def memory(rows: Sequence[Row]) -> Figure | None:
     if not any(measure(row) for row in rows):
         return None
     where = "GPU memory (allocator's peak, largest rank)" if measure is gpu_memory else "host memory (largest rank)"
-    figure, panels = grid(rows, f"Peak {where}", setting_without("batch_size"))
+    figure, panels = grid(rows, f"Peak {where}", Setting("batch_size"))
     for axes, group in panels:
         batches = sorted({row.batch_size for row in group})
         plugins = [plugin for plugin, _ in by_plugin(group)]
@@ -157,7 +159,7 @@ def draw_memory(
             fontweight="bold" if row.status == "oom" else "normal",
         )  # fmt: skip
         return
-    look = {"facecolor": COLOURS[i] if not HATCHES[i] else "white", "edgecolor": COLOURS[i], "hatch": HATCHES[i]}
+    look: dict[str, Any] = {"facecolor": COLOURS[i] if not HATCHES[i] else "white", "edgecolor": COLOURS[i], "hatch": HATCHES[i]}
     axes.bar([x], [height], width=0.9 * width, linewidth=1, **look)
     if is_gpu and row.predicted_gib:
         half = 0.5 * width
@@ -179,7 +181,7 @@ def memory_and_speed(rows: Sequence[Row]) -> Figure | None:
     measure = gpu_memory if any(row.peak_reserved_gib for row in rows) else host_memory
     if not any(measure(row) and row.tokens_per_s_per_gpu for row in rows):
         return None
-    figure, panels = grid(rows, "Memory against speed (numbers: batch)", setting_without("batch_size"))
+    figure, panels = grid(rows, "Memory against speed (numbers: batch)", Setting("batch_size"))
     for axes, group in panels:
         for plugin, line in by_plugin(group):
             points = sorted(line, key=lambda row: row.batch_size)
@@ -218,7 +220,7 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
     ok = [row for row in rows if row.tokens_per_s]
     if len({row.num_gpus for row in ok}) < 2:
         return None
-    figure, panels = grid(ok, "Scaling over GPUs (thin: ideal)", setting_without("num_gpus"))
+    figure, panels = grid(ok, "Scaling over GPUs (thin: ideal)", Setting("num_gpus"))
     for axes, group in panels:
         counts = sorted({row.num_gpus for row in group})
         for plugin, line in by_plugin(group):
@@ -249,7 +251,6 @@ PICTURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
 # ---------------------------------------------------------------------------- what they share
 
 
-Setting = Callable[[Row], tuple[Any, ...]]
 SETTINGS = ("model", "num_gpus", "batch_size", "seq_len", "mem_cap_gb")
 SETTING_TEXTS = {
     "model": "{}",
@@ -260,20 +261,25 @@ SETTING_TEXTS = {
 }
 
 
-def setting_without(varied: str) -> Setting:
-    """Return the function that tells which panel a row stands in: all that is asked for but plugin and one more."""
+@dataclass(frozen=True)
+class Setting:
+    """What the rows of one panel share: all that is asked for but the plugin and what varies along the axis."""
 
-    def setting(row: Row) -> tuple[Any, ...]:
-        asked = row.cell.split(f"-{row.plugin}-", 1)[1].split("-")[0]  # `auto` differs by plugin and is one setting
-        return (*(getattr(row, name) for name in SETTINGS if name != varied), asked)
+    varied: str
 
-    setting.names = [name for name in SETTINGS if name != varied]  # type: ignore[attr-defined]
-    return setting
+    @property
+    def names(self) -> list[str]:
+        return [name for name in SETTINGS if name != self.varied]
+
+    def of(self, row: Row) -> tuple[Any, ...]:
+        """Return a row's values, the precision asked for last: `auto`, which differs by plugin, is one setting."""
+        asked = row.cell.split(f"-{row.plugin}-", 1)[1].split("-")[0]
+        return (*(getattr(row, name) for name in self.names), asked)
 
 
 def grid(rows: Sequence[Row], title: str, setting: Setting) -> tuple[Figure, list[tuple[Axes, list[Row]]]]:
     """Return a figure with a panel a setting, named by what differs between the panels."""
-    settings = list(dict.fromkeys(map(setting, rows)))
+    settings = list(dict.fromkeys(map(setting.of, rows)))
     num_columns = 2 if len(settings) == 4 else min(COLUMNS, len(settings))
     num_rows = math.ceil(len(settings) / num_columns)
     figure = Figure(figsize=(WIDTH_IN, PANEL_HEIGHT_IN * num_rows + HEAD_IN), layout="constrained")
@@ -283,7 +289,7 @@ def grid(rows: Sequence[Row], title: str, setting: Setting) -> tuple[Figure, lis
         empty.set_visible(False)
     panels = []
     for place, values in zip(axes, settings, strict=False):
-        group = [row for row in rows if setting(row) == values]
+        group = [row for row in rows if setting.of(row) == values]
         place.set_title(panel_title(group[0], rows, setting), loc="left")
         panels.append((place, group))
     return figure, panels
@@ -291,12 +297,11 @@ def grid(rows: Sequence[Row], title: str, setting: Setting) -> tuple[Figure, lis
 
 def panel_title(row: Row, rows: Sequence[Row], setting: Setting) -> str:
     """Return the settings of a panel that are not obvious: the model, the GPUs, and what differs between panels."""
-    names: list[str] = setting.names  # type: ignore[attr-defined]
-    shown = [name for name in names if name == "model" or len({getattr(other, name) for other in rows}) > 1]
+    shown = [name for name in setting.names if name == "model" or len({getattr(other, name) for other in rows}) > 1]
     parts = [SETTING_TEXTS[name].format(getattr(row, name)) for name in shown if getattr(row, name)]
     parts = [f"{part}s" if part.endswith(" GPU") and row.num_gpus > 1 else part for part in parts]
-    asked = {setting(other)[-1] for other in rows}
-    return ", ".join([*parts, *([setting(row)[-1]] if len(asked) > 1 else [])])
+    asked = {setting.of(other)[-1] for other in rows}
+    return ", ".join([*parts, *([setting.of(row)[-1]] if len(asked) > 1 else [])])
 
 
 def by_plugin(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -329,7 +334,7 @@ def finish(figure: Figure, rows: Sequence[Row], *, bars: bool = False) -> Figure
     plugins = list(dict.fromkeys(row.plugin for row in rows))
     handles: list[Any] = [_bar_key(plugin) if bars else _line_key(plugin) for plugin in plugins]
     if bars and any(row.peak_reserved_gib for row in rows):
-        handles.append(matplotlib.lines.Line2D([], [], color="#d00000", linewidth=1.8, label="predicted"))
+        handles.append(Line2D([], [], color="#d00000", linewidth=1.8, label="predicted"))
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -348,4 +353,4 @@ def _bar_key(plugin: str) -> Patch:
 
 
 def _line_key(plugin: str) -> Any:
-    return matplotlib.lines.Line2D([], [], label=plugin, markersize=5.5, **style_of(plugin))
+    return Line2D([], [], label=plugin, markersize=5.5, **style_of(plugin))
