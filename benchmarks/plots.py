@@ -159,7 +159,11 @@ def draw_memory(
             fontweight="bold" if row.status == "oom" else "normal",
         )  # fmt: skip
         return
-    look: dict[str, Any] = {"facecolor": COLOURS[i] if not HATCHES[i] else "white", "edgecolor": COLOURS[i], "hatch": HATCHES[i]}
+    look: dict[str, Any] = {
+        "facecolor": COLOURS[i] if not HATCHES[i] else "white",
+        "edgecolor": COLOURS[i],
+        "hatch": HATCHES[i],
+    }
     axes.bar([x], [height], width=0.9 * width, linewidth=1, **look)
     if is_gpu and row.predicted_gib:
         half = 0.5 * width

@@ -315,6 +315,7 @@ def test_real_cells_one_ok_and_one_out_of_memory(real_bench: Bench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_real_cells_that_hang_crash_and_diverge_then_ctrl_c_and_the_rest(real_bench: Bench) -> None:
     harm = json.dumps({"2": "oom", "3": "hang", "4": "crash", "5": "nan", "6": "hang"})
     lists = {"BATCH_SIZES": "1 2 3 4 5 6 7", "HARM": harm, "CELL_TIMEOUT": "45"}
