@@ -34,7 +34,7 @@ Lists; every combination is a cell:
 
 Time: the default is 15 cells on one GPU and 30 on four or more, each at most CELL_TIMEOUT; allow two minutes a cell,
 most of it start and compilation: half an hour, an hour. Without a GPU the defaults shrink to six cells of `tiny` on
-one process: about a minute on two cores.
+one process: about a minute on two idle cores.
 
 Each cell is a run of run_clm_synthetic.sh of its own and a row of the table however it ends: ok, oom, timeout, error,
 nan, or skipped (refused by the planner or as an impossible combination), with the reason. Ctrl-C keeps what is done;

@@ -31,6 +31,7 @@ from benchmarks.table import Outcome, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_STATES = {0: "ok", 2: "skipped", 3: "oom", 4: "nan"}
+BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt} runs, {elapsed} so far, {remaining} left"
 TERM_GRACE_S = 10  # a rank that can still end in order does so after its step
 
 
@@ -253,13 +254,14 @@ class Progress:
     def __init__(self, total: int, settings: Settings) -> None:
         self.total, self.settings, self.done = total, settings, 0
         self.seconds: list[float] = []
-        is_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit="run", disable=not is_terminal, dynamic_ncols=True, smoothing=0)
         self.name = ""
         print(
             f"{total} runs to do of {len(settings.cells)} cells x {settings.repeats}; results in {settings.folder}",
             file=sys.stderr,
             flush=True,
+        )
+        self.bar = tqdm(
+            total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0, bar_format=BAR_FORMAT
         )
 
     def start(self, cell: Cell, number: int) -> None:
