@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import hardware
 import report
 from args import TrainArgs
 from checkpoint import Found
@@ -148,7 +149,7 @@ class Recorder:
             args=asdict(job.args),
             versions=report.versions(),
             git_commit=report.git_commit(),
-            device=report.Device(job.process.device_name, job.process.world_size, job.process.device_memory_gib),
+            device=_device(job.process),
             plugin=job.args.plugin,
             plan=job.choice.plan,
             model=report.ModelInfo(job.source.name, job.shape.num_params, job.source.pretrained),
@@ -175,6 +176,13 @@ def _remove_run(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for name in ("metrics.jsonl", "result.json"):
         (folder / name).unlink(missing_ok=True)
+
+
+def _device(process: Runtime) -> report.Device:
+    """Return what the run ran on; driver and link are those of this machine's GPUs."""
+    gpus = [] if process.on_cpu else hardware.visible_gpus()[: process.local_world_size]
+    driver, link = gpus[0].driver if gpus else None, hardware.link_of(gpus)
+    return report.Device(process.device_name, process.world_size, process.device_memory_gib, driver, link)
 
 
 def _memory(job: Job, *, alone: bool) -> report.Memory:

@@ -166,11 +166,15 @@ class Device:
     name: as torch names it; `cpu` in a rehearsal.
     count: devices of the whole run.
     memory_gib: memory of one.
+    driver: version of the GPUs' driver; None on a CPU.
+    link: what joins the GPUs of one machine, `NVLink (...)` or `PCIe (...)`, or a single one and its host.
     """
 
     name: str
     count: int
     memory_gib: float | None
+    driver: str | None = None
+    link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -530,3 +534,13 @@ def _memory_text(memory: Memory) -> str:
     cap = f", cap {memory.cap_gib:.2f}" if memory.cap_gib is not None else ""
     reserved = f", {memory.peak_reserved_gib:.2f} reserved" if memory.peak_reserved_gib is not None else ""
     return f"GPU {memory.peak_allocated_gib:.2f} GiB allocated{reserved}{cap}; {host}"
+
+
+# ---------------------------------------------------------------------------- python report.py A B
+
+
+if __name__ == "__main__":
+    # Only here: a training run knows nothing of sweeps.
+    from benchmarks import compare
+
+    sys.exit(compare.main(sys.argv[1:]))

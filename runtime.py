@@ -15,11 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -84,17 +82,6 @@ class Runtime:
     def has_bf16(self) -> bool:
         """Whether the device computes in bf16 (GPUs before Ampere emulate it, slowly)."""
         return self.on_cpu or torch.cuda.get_device_capability(self.device) >= (8, 0)
-
-
-def host_memory_gib() -> float:
-    """Return the memory this machine, or the container it stands for, can use in GiB."""
-    limits = [psutil.virtual_memory().total]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-    return min(limits) / 2**30
 
 
 def current_runtime() -> Runtime:

@@ -166,9 +166,9 @@ def _holds_a_run(folder: Path) -> bool:
 
 def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Choice, TrainArgs]:
     """Return the planner's choice, and the settings with nothing left to choose."""
+    import hardware
     import model
     import planner
-    import runtime
     import strategy
 
     choice = planner.resolve_auto(
@@ -176,7 +176,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         model.shape_of(source),
         world_size=process.world_size,
         gpu_gib=process.device_memory_gib,
-        host_gib=runtime.host_memory_gib(),
+        host_gib=hardware.host_memory_gib(),
         processes_per_host=process.local_world_size,
         has_bf16=process.has_bf16,
         dropout=getattr(source.config, "dropout", 0.0) > 0,

@@ -18,11 +18,12 @@ OURS = {*MODULES, "colossal_ext", "benchmarks", "tests"}
 ALLOWED = {
     "opt_sizes": set(),
     "args": {"opt_sizes"},
-    "report": set(),
+    "report": {"benchmarks"},  # when it is run itself, to compare two sweeps
+    "hardware": set(),
     "planner": {"args", "opt_sizes"},
 }
 LOW = ("planner", "strategy", "model", "data", "checkpoint")
-TORCH_FREE = ("args", "opt_sizes", "report", "planner")
+TORCH_FREE = ("args", "opt_sizes", "report", "planner", "hardware", "benchmarks.sweep", "benchmarks.compare")
 
 
 def imports_of(path: Path) -> set[str]:

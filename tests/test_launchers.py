@@ -226,7 +226,7 @@ def test_a_bad_position_is_one_line_that_names_it_and_exit_2(
 # --- help and dry run ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [*LAUNCHERS, "setup.sh"])
+@pytest.mark.parametrize("script", [*LAUNCHERS, "run_benchmark.sh", "setup.sh"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_prints_the_usage_and_starts_nothing(launch: Launcher, script: str, flag: str) -> None:
     done = launch(script, flag, TORCHRUN=None)
