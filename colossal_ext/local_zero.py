@@ -64,7 +64,8 @@ class LocalZeroPlugin(LowLevelZeroPlugin):
         """Return the wrapped model and optimizer; master weights are the model's own, before they are cast."""
         if optimizer is None:
             return super().configure(model, optimizer, *rest, **named)
-        masters = MasterWeights(model, self.offload_frac, get_accelerator().get_current_device())
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+        masters = MasterWeights(model, self.offload_frac, get_accelerator().get_current_device(), dtype)
         wrapped = LowLevelZeroModel(model, self.precision)
         zero = LocalZeroOptimizer(
             optimizer, masters, updates_in_backward=self.updates_in_backward, **self.zero_optim_kwargs
@@ -77,17 +78,20 @@ class LocalZeroPlugin(LowLevelZeroPlugin):
 class MasterWeights(dict[nn.Parameter, Tensor]):
     """Flat fp32 weights by parameter, on the device or on the host. Those that are there already are taken, not copied.
 
+    The parameters themselves are then in `dtype` on the device: one at a time, so that neither side holds two models.
+
     Attributes:
         on_host: the parameters whose states live on the host.
     """
 
-    def __init__(self, model: nn.Module, offload_frac: float, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, offload_frac: float, device: torch.device, dtype: torch.dtype) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.on_host = set(offloaded(parameters, offload_frac))
         super().__init__()
         for parameter in parameters:
             place = torch.device("cpu") if parameter in self.on_host else device
             self[parameter] = parameter.detach().to(place, torch.float32).contiguous().view(-1)
+            parameter.data = parameter.data.to(device).to(dtype)
 
 
 def offloaded(parameters: Iterable[nn.Parameter], offload_frac: float) -> Iterator[nn.Parameter]:

@@ -83,7 +83,7 @@ def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch)
 def test_a_failed_update_is_raised_where_it_is_waited_for():
     updates = HostUpdates(torch.device("cpu"), torch.float32, largest_numel=4)
     zeros = torch.zeros(4)
-    updates.submit(zeros, HostUpdate(zeros, zeros, zeros, zeros, None))  # type: ignore[arg-type]
+    updates.submit(zeros, HostUpdate(zeros, zeros, zeros, zeros, None))
     with pytest.raises(RuntimeError, match="Adam on the host failed"):
         updates.finish()
     updates.close()
