@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 import urllib.error
@@ -17,7 +19,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -27,6 +29,8 @@ from safetensors import SafetensorError
 from args import ConfigError
 
 log = logging.getLogger("clm")
+
+LOCK_FILE = "run.lock"
 
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_OOM, EXIT_NAN = 0, 1, 2, 3, 4
 
@@ -49,6 +53,48 @@ def writing(what: object) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise RankFailure(f"{what} could not be written: {error}") from error
+
+
+def lock_folder(folder: Path) -> TextIO | None:
+    """Lock an output folder, made if need be, until the file returned is closed or the process ends, however it ends.
+
+    Returns:
+        None where the file system has no locks, or cannot be written: who writes there next says so.
+
+    Raises:
+        ConfigError: a live run has the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except BlockingIOError:
+        raise ConfigError(_in_use(folder)) from None
+    except OSError:
+        return None
+    return file
+
+
+def lock_problem(folder: Path) -> str | None:
+    """Return what is wrong with an output folder that a live run has locked. Any number of ranks may ask at once."""
+    try:
+        with open(folder / LOCK_FILE, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _in_use(folder)
+    except OSError:  # no such folder, or no locks
+        return None
+    return None
+
+
+def _in_use(folder: Path) -> str:
+    holder = (folder / LOCK_FILE).read_text(encoding="utf-8")
+    return (
+        f"--output_dir {folder}: in use by a run that is still alive ({holder}); end that one, or choose another folder"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from args import ConfigError, TrainArgs
+from args import ConfigError, TrainArgs, parse_args
 from checkpoint import FIXED_FLAGS, MANIFEST, find, resume_problems, step_folders, verify
 from conftest import ROOT
+from train_clm import export
 
 LENGTH = "--max_train_steps 4 --save_strategy steps --save_steps 2"
 EXACT = {
@@ -40,8 +41,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder, run_many):
-    """Four steps under every plugin on two ranks, checkpoints after 2 and 4."""
-    return run_many(folder, {name: [*flags.split(), *LENGTH.split()] for name, flags in EXACT.items()}, world=2)
+    """Four steps under every plugin on two ranks, checkpoints after 2 and 4, final/."""
+    length = [*LENGTH.split(), "--save_final"]
+    return run_many(folder, {name: [*flags.split(), *length] for name, flags in EXACT.items()}, world=2)
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +106,45 @@ def test_a_checkpoint_holds_weights_and_moments_in_fp32_under_transformers_names
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_an_exported_checkpoint_is_the_model_that_was_trained(whole, tmp_path):
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(4, 36)[None]).logits
+
+
+def trained_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the model of a checkpoint's fp32 weights, cast to a type."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("states-*.safetensors"):
+        tensors |= {key[7:]: value for key, value in load_file(path).items() if key.startswith("weight/")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert not model.load_state_dict({"lm_head.weight": tensors["model.decoder.embed_tokens.weight"]} | tensors)[0]
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_final_has_the_logits_of_the_trained_model_in_16_bits(name, whole):
+    dtype = torch.float16 if "fp16" in name else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(whole[name].folder / "final")
+    assert model.dtype == dtype and f"final, {dtype} weights" in whole[name].output
+    assert torch.equal(logits(model), logits(trained_model(checkpoint_of(whole[name], 4), dtype)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"), [("auto", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_an_exported_checkpoint_is_the_model_that_was_trained(asked, dtype, whole, tmp_path):
+    source, target = checkpoint_of(whole["pipeline fp32"], 4), tmp_path / "exported"
+    export(parse_args(["--export", str(source), "--output_dir", str(target), "--export_dtype", asked]), source)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.dtype == dtype and torch.equal(logits(model), logits(trained_model(source, dtype)))
+
+
+def test_the_model_of_a_checkpoint_is_written_by_one_command(whole, tmp_path):
     run, target = whole["torch_ddp"], tmp_path / "exported"
     command = [sys.executable, ROOT / "train_clm.py", "--export", checkpoint_of(run, 4), "--output_dir", target]
     subprocess.run(list(map(str, command)), check=True, timeout=120)
-    model = AutoModelForCausalLM.from_pretrained(target)
-    weights = load_file(next(checkpoint_of(run, 4).glob("states-00-*.safetensors")))
-    trained = weights["weight/model.decoder.layers.3.fc2.weight"]
-    assert (
-        torch.equal(model.model.decoder.layers[3].fc2.weight, trained) and model.lm_head.weight.dtype == torch.float32
-    )
+    exported, final = (load_file(folder / "model.safetensors") for folder in (target, run.folder / "final"))
+    assert exported.keys() == final.keys() and all(torch.equal(exported[name], final[name]) for name in final)
 
 
 @pytest.fixture
@@ -202,14 +233,12 @@ def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
     assert json.loads((folder / "result.json").read_text())["steps"] == step
 
 
-def test_a_full_disk_ends_every_rank_with_one_message(tmp_path, run_training):
+def test_a_file_the_disk_does_not_take_ends_every_rank_with_one_message(tmp_path, run_training):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '0':\n    import safetensors.torch as st\n"
-        "    def full(*args, **kwargs):\n        raise OSError(28, 'No space left on device')\n"
-        "    st.save_file = full\n"
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, resource.RLIM_INFINITY))\n"
     )
     flags = "--save_strategy steps --save_steps 1"
     run = run_training(tmp_path, *flags.split(), world=2, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert run.code == 1 and run.output.count("No space left on device") == 1, run.output
-    assert "error: [rank 0] checkpoint" in run.output
-    assert not step_folders(run.folder / "checkpoints")
+    assert run.code == 1 and run.output.count("could not be written") == 1, run.output
+    assert "error: [rank 0] checkpoint" in run.output and "File too large" in run.output
+    assert not list((run.folder / "checkpoints").iterdir())

@@ -38,7 +38,7 @@ def reference(tmp_path_factory, run_training):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, run_many):
-    flags = {name: [*text.split(), "--save_final"] for name, text in STRATEGIES.items()}
+    flags = {name: [*text.split(), "--save_final", "--export_dtype", "fp32"] for name, text in STRATEGIES.items()}
     return run_many(tmp_path_factory.mktemp("runs"), flags, world=2)
 
 
@@ -151,7 +151,8 @@ def trained(tmp_path_factory, run_training, real_data):
     """Tiny, trained on real Netflix descriptions until it is clearly better than chance."""
     flags = (
         "--dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 --per_device_train_batch_size 8 "
-        "--num_train_epochs 1 --max_train_steps 40 --learning_rate 5e-3 --save_final --num_samples 1 --prompt Love"
+        "--num_train_epochs 1 --max_train_steps 40 --learning_rate 5e-3 --save_final --export_dtype fp32 --num_samples 1 "
+        "--prompt Love"
     )
     sources = [
         "--train_file",
