@@ -13,13 +13,13 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 import torch
@@ -55,27 +55,27 @@ def writing(what: object) -> Iterator[None]:
         raise RankFailure(f"{what} could not be written: {error}") from error
 
 
-def lock_folder(folder: Path) -> TextIO | None:
-    """Lock an output folder, made if need be, until the file returned is closed or the process ends, however it ends.
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock an output folder, made if need be, while the block lasts or until the process ends, however it ends.
 
-    Returns:
-        None where the file system has no locks, or cannot be written: who writes there next says so.
+    Where the file system has no locks, or cannot be written, there is a warning in its place.
 
     Raises:
         ConfigError: a live run has the folder.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    except BlockingIOError:
-        raise ConfigError(_in_use(folder)) from None
-    except OSError:
-        return None
-    return file
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / LOCK_FILE, "a", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        except BlockingIOError:
+            raise ConfigError(_in_use(folder)) from None
+        except OSError as error:
+            log.warning(f"{folder}: cannot be locked ({error}); see to it that no other run uses it")
+        yield
 
 
 def lock_problem(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,15 +221,16 @@ def locked(folder: Path, process: Runtime) -> Iterator[None]:
 
     import runtime
 
-    lock, problem = None, [""]
-    try:
-        lock = runtime.lock_folder(folder) if process.is_main else None
-    except ConfigError as error:
-        problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0, device=process.device)
-    if problem[0]:
-        raise ConfigError(problem[0])
-    with closing(lock) if lock else nullcontext():
+    problem = [""]
+    with ExitStack() as stack:
+        if process.is_main:
+            try:
+                stack.enter_context(runtime.folder_lock(folder))
+            except ConfigError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0, device=process.device)
+        if problem[0]:
+            raise ConfigError(problem[0])
         yield
 
 

@@ -45,6 +45,11 @@ class Strategy:
     precisions: tuple[str, ...]
 
     @property
+    def plugin(self) -> str:
+        """What stands after `--plugin`."""
+        return self.flags.split()[1]
+
+    @property
     def has_stages(self) -> bool:
         return "--pp" in self.flags
 

@@ -1,5 +1,6 @@
 """Checkpoints: what is written, what a resumed run repeats, and what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from args import ConfigError, TrainArgs, parse_args
 from checkpoint import FIXED_FLAGS, MANIFEST, find, resume_problems, step_folders, verify
 from conftest import ROOT
+from runtime import folder_lock, lock_problem
 from train_clm import export
 
 LENGTH = "--max_train_steps 4 --save_strategy steps --save_steps 2"
@@ -228,9 +230,50 @@ def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
         next(line for line in process.stdout if line.startswith("step"))
         process.send_signal(signal.SIGUSR1)
         output = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGUSR1 and "status      interrupted" in output
+    assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in output
+    assert "status      interrupted" in output
     step = find("last", folder).manifest.progress.step
     assert json.loads((folder / "result.json").read_text())["steps"] == step
+
+
+def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_path):
+    common = "--model_name_or_path tiny --from_scratch --dataset synthetic --block_size 32 --save_strategy steps"
+    command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--save_steps", "2"]
+    command += ["--max_train_steps", "400", "--logging_steps", "1", "--output_dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            next(line for line in first.stdout if line.startswith("checkpoint"))
+            for flags in (["--resume_from_checkpoint", "last"], ["--overwrite_output_dir"]):
+                second = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+                assert second.returncode == 2 and second.stderr.startswith("error: --output_dir"), second.stderr
+                assert f"in use by a run that is still alive (process {first.pid} on" in second.stderr
+                assert second.stderr.count("\n") == 1
+            with pytest.raises(ConfigError, match="still alive"):
+                export(
+                    parse_args(["--export", "any", "--output_dir", command[-1], "--overwrite_output_dir"]), Path("any")
+                )
+            assert first.poll() is None
+        finally:
+            first.kill()
+    assert find("last", tmp_path / "run").manifest.progress.step >= 2
+    assert lock_problem(tmp_path / "run") is None
+
+
+def test_the_second_of_two_that_take_a_folder_at_once_is_refused(tmp_path):
+    with folder_lock(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on"), folder_lock(tmp_path):
+        pass
+    with folder_lock(tmp_path):
+        assert "still alive" in lock_problem(tmp_path)
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with caplog.at_level("WARNING", logger="clm"), folder_lock(tmp_path), folder_lock(tmp_path):
+        assert lock_problem(tmp_path) is None
+    assert caplog.text.count("cannot be locked ([Errno 37] No locks available)") == 2
 
 
 def test_a_file_the_disk_does_not_take_ends_every_rank_with_one_message(tmp_path, run_training):

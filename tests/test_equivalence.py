@@ -173,6 +173,22 @@ def test_an_error_is_a_row_with_its_last_line_and_the_whole_text_below():
     assert "| error: ValueError: no |" in page and "Traceback\n  line" in page and "1 of 1 differ" in page
 
 
+def test_the_table_has_a_line_a_plugin_with_its_worst_numbers_and_the_tolerances():
+    rows = [Row(EXACT, Differences(loss=loss, weights=1e-6), "agrees") for loss in (2e-7, 3e-7)]
+    rows += [Row(HALF, Differences(loss=4e-4, weights=1.0), "agrees"), Row(EXACT, Differences(loss=9.0), "differs: x")]
+    about = Circumstances("", "2026-11-23", "cpu", {}, None, "", 1.0, Differences())
+    summary = Report(about, rows).summary()
+    line = "| `low_level_zero` | ZeRO 1 | 2 | 4 | 9.0e+00 | 4.0e-04 | - | - | - | - | 1.0e-06 | - | - | 1 of 4 differ |"
+    assert line in summary
+    assert "| held to |  |  |  | 1e-05 | 2e-02 | 1e-05 | 5e-02 | 1e-05 | 2e-02 | 1e-04 | 1e-06 | 2e-02 |  |" in summary
+
+
+def test_the_readme_shows_the_summary_of_the_committed_table():
+    page = (ROOT / "benchmarks" / "results" / "equivalence.md").read_text()
+    summary = page.split("\n\n")[2].splitlines()
+    assert len(summary) > 5 and "\n".join(summary) in (ROOT / "README.md").read_text()
+
+
 # --- the cases --------------------------------------------------------------------------------------------------------
 
 
