@@ -335,7 +335,7 @@ def make_row(case: Case, found: Found, plain: Trained, folder: Path) -> Row:
         differences = compare_evaluation(found["evaluations"][-1], plain.evaluations[-1])
     else:
         weights = compare_weights(folder / "finals" / case.name, folder / "references" / case.reference.name)
-        own = Numbers(found["losses"], found["grad_norms"], found["evaluations"])
+        own = Numbers(found["losses"], found["grad_norms"], found["evaluations"], found["num_skipped"])
         differences = compare_training(case, own, numbers(plain), weights)
     return Row(case, differences, judge(case, differences, found["chunk_shares"]), found["seconds"])
 

@@ -26,7 +26,7 @@ class Differences:
         evaluation: over the evaluations after each epoch.
         weights: over tensors, the largest difference of an element to the tensor's largest element.
         tensor: the one that differs most.
-        num_skipped: steps that fp16 skipped because a gradient overflowed, as far as norms show them.
+        num_skipped: steps that fp16 skipped because a gradient overflowed.
     """
 
     loss: float | None = None
@@ -61,6 +61,7 @@ class Numbers:
     losses: Sequence[float]
     grad_norms: Sequence[float | None]
     evaluations: Sequence[float]
+    num_skipped: int = 0
 
 
 def compare_training(case: Case, found: Numbers, plain: Numbers, weights: tuple[float, str]) -> Differences:
@@ -76,7 +77,7 @@ def compare_training(case: Case, found: Numbers, plain: Numbers, weights: tuple[
         evaluation=largest(found.evaluations, plain.evaluations),
         weights=weights[0],
         tensor=weights[1],
-        num_skipped=sum(skipped),
+        num_skipped=found.num_skipped,
     )
 
 
@@ -117,9 +118,9 @@ def judge(case: Case, differences: Differences, chunk_shares: Sequence[float] | 
     ]
     if chunk_shares is not None and (len(chunk_shares) < 2 or set(chunk_shares) != {1 / case.strategy.world_size}):
         problems.append(f"{len(chunk_shares)} chunks, of which a rank holds {sorted(set(chunk_shares))}")
-    if problems:
-        return f"differs: {', '.join(problems)}"
     skipped = differences.num_skipped
+    if problems:
+        return f"differs: {', '.join(problems)}" + (f"; fp16 skipped {skipped} of the steps" if skipped else "")
     return f"agrees, though fp16 skipped {skipped} of the steps" if skipped else "agrees"
 
 

@@ -143,8 +143,10 @@ def test_half_precision_may_be_two_percent_off_but_no_more():
 
 
 def test_a_step_that_fp16_skipped_is_told():
-    skipped = dataclasses.replace(PLAIN, grad_norms=[math.inf, 1.0])
+    skipped = dataclasses.replace(PLAIN, grad_norms=[math.inf, 1.0], num_skipped=1)
     assert verdict(skipped, HALF) == "agrees, though fp16 skipped 1 of the steps"
+    worse = dataclasses.replace(skipped, losses=[6.0, 9.0])
+    assert verdict(worse, HALF) == "differs: loss 8.0e-01 > 2e-02; fp16 skipped 1 of the steps"
     assert verdict(skipped).startswith("differs: grad norm inf")
 
 
