@@ -353,7 +353,7 @@ class Tensors:
 def export(engine: Engine, source: ModelSource, tokenizer: Any, folder: Path) -> None:
     """Write the trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer.
 
-    The weights have the precision of the training. A collective.
+    A collective.
 
     Args:
         folder: replaced if it exists; all ranks must see the same file system.
@@ -362,7 +362,7 @@ def export(engine: Engine, source: ModelSource, tokenizer: Any, folder: Path) ->
         RankFailure: on the rank that could not write.
     """
     staging = folder.with_name(f".{folder.name}.tmp")
-    dtype = TORCH_DTYPES[engine.args.precision]
+    dtype = export_dtype(engine.args.export_dtype, trained_in=engine.args.precision)
     weights = ((name, tensor) for name, _, tensor in engine.full_states(("weight",)) if tensor is not None)
     with writing(folder), _removed_on_failure(staging, engine):
         if engine.runtime.is_main:
@@ -377,8 +377,17 @@ def export(engine: Engine, source: ModelSource, tokenizer: Any, folder: Path) ->
     dist.barrier()
 
 
-def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+def export_dtype(asked: str, *, trained_in: str) -> torch.dtype:
+    """Return the type of exported weights. `auto` takes 16 bits: the training's own type, bf16 after fp32."""
+    sixteen_bits = "bf16" if trained_in == "fp32" else trained_in
+    return TORCH_DTYPES[sixteen_bits if asked == "auto" else asked]
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, asked: str = "auto") -> None:
     """Write the model of a checkpoint as a Hugging Face folder, in one process on the CPU.
+
+    Args:
+        asked: type of the weights, as `--export_dtype` says it.
 
     Raises:
         ConfigError: the checkpoint is damaged or not ours.
@@ -388,7 +397,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     tokenizer = None
     if (checkpoint / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    dtype = TORCH_DTYPES[manifest.args["precision"]]
+    dtype = export_dtype(asked, trained_in=manifest.args["precision"])
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +28,8 @@ from args import ConfigError
 from planner import framework_bytes
 
 log = logging.getLogger("clm")
+
+LOCK_FILE = "run.lock"
 
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_OOM, EXIT_NAN = 0, 1, 2, 3, 4
 
@@ -48,6 +52,48 @@ def writing(what: object) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise RankFailure(f"{what} could not be written: {error}") from error
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock an output folder, made if need be, while the block lasts or until the process ends, however it ends.
+
+    Where the file system has no locks, or cannot be written, there is a warning in its place.
+
+    Raises:
+        ConfigError: a live run has the folder.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / LOCK_FILE, "a", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        except BlockingIOError:
+            raise ConfigError(_in_use(folder)) from None
+        except OSError as error:
+            log.warning(f"{folder}: cannot be locked ({error}); see to it that no other run uses it")
+        yield
+
+
+def lock_problem(folder: Path) -> str | None:
+    """Return what is wrong with an output folder that a live run has locked. Any number of ranks may ask at once."""
+    try:
+        with open(folder / LOCK_FILE, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _in_use(folder)
+    except OSError:  # no such folder, or no locks
+        return None
+    return None
+
+
+def _in_use(folder: Path) -> str:
+    holder = (folder / LOCK_FILE).read_text(encoding="utf-8")
+    return (
+        f"--output_dir {folder}: in use by a run that is still alive ({holder}); end that one, or choose another folder"
+    )
 
 
 @dataclass(frozen=True)

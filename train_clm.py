@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +53,8 @@ def run(args: TrainArgs, process: Runtime) -> int:
     import recorder
 
     folder = agree_on_folder(job.args, process)
-    return guarded(args, job, recorder.Recorder(job, folder), tokenizer)
+    with locked(folder, process):
+        return guarded(args, job, recorder.Recorder(job, folder), tokenizer)
 
 
 def prepare(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
@@ -117,7 +120,9 @@ def export(args: TrainArgs, folder: Path) -> int:
         raise ConfigError("--export: needs --output_dir, the folder to write")
     if Path(args.output_dir).exists() and not args.overwrite_output_dir:
         raise ConfigError(f"--output_dir {args.output_dir}: is there; choose another, or add --overwrite_output_dir")
-    checkpoint.export_checkpoint(folder, Path(args.output_dir))
+    if in_use := runtime.lock_problem(Path(args.output_dir)):
+        raise ConfigError(in_use)
+    checkpoint.export_checkpoint(folder, Path(args.output_dir), args.export_dtype)
     runtime.log.info(f"exported {folder} to {args.output_dir}")
     return runtime.EXIT_OK
 
@@ -134,12 +139,16 @@ def needs_hub(args: TrainArgs) -> bool:
 
 def output_problems(args: TrainArgs) -> list[str]:
     """Return what is wrong with the flags about results."""
+    import runtime
+
     found = []
     folder = Path(args.output_dir) if args.output_dir else None
     if folder and folder.is_file():
         found.append(f"--output_dir {folder}: is a file")
     elif folder and not _can_write(folder):
         found.append(f"--output_dir {folder}: cannot be written; choose another")
+    elif folder and (in_use := runtime.lock_problem(folder)):
+        found.append(in_use)
     elif folder and _holds_a_run(folder) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
         found.append(f"--output_dir {folder}: already holds a run; choose another, or add --overwrite_output_dir")
     if args.resume_from_checkpoint == "last" and not folder:
@@ -203,6 +212,30 @@ def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:
     names = [name]
     dist.broadcast_object_list(names, src=0, device=process.device)
     return Path(names[0])
+
+
+@contextmanager
+def locked(folder: Path, process: Runtime) -> Iterator[None]:
+    """Keep other runs out of the output folder for as long as the block, or this process, lasts. A collective.
+
+    Raises:
+        ConfigError: on every rank: another run has it.
+    """
+    import torch.distributed as dist
+
+    import runtime
+
+    problem = [""]
+    with ExitStack() as stack:
+        if process.is_main:
+            try:
+                stack.enter_context(runtime.folder_lock(folder))
+            except ConfigError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0, device=process.device)
+        if problem[0]:
+            raise ConfigError(problem[0])
+        yield
 
 
 def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
@@ -326,6 +359,8 @@ def finish(job: Job, engine: Engine, folder: Path, tokenizer: Any) -> None:
     if not args.eval_only and args.save_final:
         checkpoint.export(engine, job.source, tokenizer, folder / "final")
         weights = str(folder / "final")
+        dtype = checkpoint.export_dtype(args.export_dtype, trained_in=args.precision)
+        runtime.log.info(f"exported {weights}, {dtype} weights")
     if not (args.prompt or args.num_samples) or not job.process.is_main:
         return
     if weights is None:

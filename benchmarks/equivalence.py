@@ -78,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"--only {args.only}: no case is named like this")
     with tempfile.TemporaryDirectory(prefix="equivalence-") as folder:
         report = make_report(cases, args.train_file, Path(folder))
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "equivalence.md").write_text(report.as_markdown(), encoding="utf-8")
-    (args.output / "equivalence.json").write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
-    print(f"\n{report.summary()}\n\nwritten: {args.output / 'equivalence.md'} and .json")
+    table = args.output if args.output.suffix == ".md" else args.output / "equivalence.md"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(report.as_markdown(), encoding="utf-8")
+    table.with_suffix(".json").write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+    print(f"\n{report.summary()}\n\nwritten: {table} and .json")
     return 0 if report.holds else 1
 
 
@@ -90,7 +91,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a slice: each kind of strategy once, two minutes")
     parser.add_argument("--only", default="", metavar="REGEX", help="the cases whose name matches; off: all")
     parser.add_argument("--train_file", type=Path, default=ROOT / "LICENSE", help="text to train on, 7 kB or more")
-    parser.add_argument("--output", type=Path, default=Path("outputs/equivalence"), help="folder of the tables")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/equivalence"), help="folder of the tables, or the .md file"
+    )
     return parser.parse_args(argv)
 
 
@@ -332,7 +335,7 @@ def make_row(case: Case, found: Found, plain: Trained, folder: Path) -> Row:
         differences = compare_evaluation(found["evaluations"][-1], plain.evaluations[-1])
     else:
         weights = compare_weights(folder / "finals" / case.name, folder / "references" / case.reference.name)
-        own = Numbers(found["losses"], found["grad_norms"], found["evaluations"])
+        own = Numbers(found["losses"], found["grad_norms"], found["evaluations"], found["num_skipped"])
         differences = compare_training(case, own, numbers(plain), weights)
     return Row(case, differences, judge(case, differences, found["chunk_shares"]), found["seconds"])
 

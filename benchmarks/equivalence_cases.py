@@ -45,6 +45,11 @@ class Strategy:
     precisions: tuple[str, ...]
 
     @property
+    def plugin(self) -> str:
+        """What stands after `--plugin`."""
+        return self.flags.split()[1]
+
+    @property
     def has_stages(self) -> bool:
         return "--pp" in self.flags
 
@@ -138,7 +143,8 @@ class Case:
             --gradient_accumulation_steps {self.accumulation} --num_train_epochs {NUM_EPOCHS}
             --learning_rate {LEARNING_RATE} --num_warmup_steps {NUM_WARMUP_STEPS} --weight_decay {WEIGHT_DECAY}
             --adam_epsilon {EPSILON} --max_grad_norm {MAX_GRAD_NORM if self.clips else 0} --dropout {self.dropout}
-            --gradient_checkpointing {"on" if self.recompute else "off"} --save_strategy no --seed {SEED}"""
+            --gradient_checkpointing {"on" if self.recompute else "off"} --save_strategy no --export_dtype fp32
+            --seed {SEED}"""
         evaluation = ["--eval_only"] if self.evaluates else []
         return [*flags.split(), *evaluation, "--model_name_or_path", str(weights)]
 

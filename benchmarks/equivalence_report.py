@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
-from benchmarks.equivalence_cases import EVALUATION_BATCH_SIZES, Case, Strategy
+from benchmarks.equivalence_cases import Case, Strategy
 
 # Largest relative differences to the reference. All but that of the norm were asked for before the first run.
 FP32_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "evaluation": 1e-5, "weights": 1e-4, "perplexity": 1e-6}
 HALF_TOLERANCES = {"loss": 2e-2, "grad_norm": 5e-2, "evaluation": 2e-2, "perplexity": 2e-2}
 
 Found = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Differences:
         evaluation: over the evaluations after each epoch.
         weights: over tensors, the largest difference of an element to the tensor's largest element.
         tensor: the one that differs most.
-        num_skipped: steps that fp16 skipped because a gradient overflowed, as far as norms show them.
+        num_skipped: steps that fp16 skipped because a gradient overflowed.
     """
 
     loss: float | None = None
@@ -61,6 +61,7 @@ class Numbers:
     losses: Sequence[float]
     grad_norms: Sequence[float | None]
     evaluations: Sequence[float]
+    num_skipped: int = 0
 
 
 def compare_training(case: Case, found: Numbers, plain: Numbers, weights: tuple[float, str]) -> Differences:
@@ -76,7 +77,7 @@ def compare_training(case: Case, found: Numbers, plain: Numbers, weights: tuple[
         evaluation=largest(found.evaluations, plain.evaluations),
         weights=weights[0],
         tensor=weights[1],
-        num_skipped=sum(skipped),
+        num_skipped=found.num_skipped,
     )
 
 
@@ -117,9 +118,9 @@ def judge(case: Case, differences: Differences, chunk_shares: Sequence[float] | 
     ]
     if chunk_shares is not None and (len(chunk_shares) < 2 or set(chunk_shares) != {1 / case.strategy.world_size}):
         problems.append(f"{len(chunk_shares)} chunks, of which a rank holds {sorted(set(chunk_shares))}")
-    if problems:
-        return f"differs: {', '.join(problems)}"
     skipped = differences.num_skipped
+    if problems:
+        return f"differs: {', '.join(problems)}" + (f"; fp16 skipped {skipped} of the steps" if skipped else "")
     return f"agrees, though fp16 skipped {skipped} of the steps" if skipped else "agrees"
 
 
@@ -170,14 +171,29 @@ class Report:
         }
 
     def summary(self) -> str:
-        """Return one line a strategy, for the README."""
-        trained = [row for row in self.rows if not row.case.fault]
-        lines = [_summary_line(strategy, list(rows)) for strategy, rows in _by_strategy(trained)]
-        return "\n".join([_about(self.circumstances), "", *markdown(SUMMARY_HEAD, lines), "", _closing(self.rows)])
+        """Return one line a plugin, for the README."""
+        lines = [_plugin_line(plugin, rows) for plugin, rows in self._grouped(lambda strategy: strategy.plugin)]
+        table = markdown(("plugin", "strategies", "ranks", *MEASURED), [*lines, TOLERANCES])
+        return "\n".join([_about(self.circumstances), "", *table, "", _closing(self.rows)])
+
+    def by_strategy(self) -> str:
+        """Return one line a strategy."""
+        groups = self._grouped(lambda strategy: strategy)
+        lines = [[strategy.name, str(strategy.world_size), *_measured(rows)] for strategy, rows in groups]
+        return "\n".join(markdown(("strategy", "ranks", *MEASURED), lines))
+
+    def _grouped(self, group_of: Callable[[Strategy], T]) -> Iterable[tuple[T, list[Row]]]:
+        """Return the rows without a fault by group, in the order in which the groups first come."""
+        groups: dict[T, list[Row]] = {}
+        for row in self.rows:
+            if not row.case.fault:
+                groups.setdefault(group_of(row.case.strategy), []).append(row)
+        return groups.items()
 
     def as_markdown(self) -> str:
-        """Return the summary, then every row."""
+        """Return the summary, a line a strategy, then every row."""
         parts = ["# Every plugin trains the same model", "", self.summary(), "", METHOD]
+        parts += ["", "## Strategies", "", self.by_strategy()]
         for title, rows in _sections(self.rows):
             parts += ["", f"## {title}", "", *markdown(HEAD, map(_line, rows))]
         errors = [row for row in self.rows if row.error]
@@ -201,11 +217,17 @@ Tolerances: in fp32 loss, norm and evaluation 1e-5, weights 1e-4, perplexity 1e-
 and perplexity 2e-2, norm 5e-2, weights not judged. A weight beyond 1e-6 in fp32 is a row of `fc1`: one token's
 activation lies so near zero that rounding decides on which side of the ReLU it falls."""
 
-SUMMARY_HEAD = (
-    "strategy", "ranks", "cases", "loss fp32", "loss 16-bit", "norm fp32", "norm 16-bit", "evaluation fp32",
-    "evaluation 16-bit", "weights fp32", f"perplexity at batch {', '.join(map(str, EVALUATION_BATCH_SIZES))}", "verdict",
+MEASURED = (
+    "cases", "loss fp32", "loss 16-bit", "norm fp32", "norm 16-bit", "evaluation fp32", "evaluation 16-bit",
+    "weights fp32", "perplexity fp32", "perplexity 16-bit", "verdict",
 )  # fmt: skip
 HEAD = ("strategy", "ranks", "case", "loss", "norm", "evaluation", "perplexity", "weights", "seconds", "verdict")
+
+TOLERANCES = (
+    "held to", "", "", "",
+    *(f"{tolerances[name]:.0e}" for name in ("loss", "grad_norm", "evaluation") for tolerances in (FP32_TOLERANCES, HALF_TOLERANCES)),
+    *(f"{FP32_TOLERANCES[name]:.0e}" for name in ("weights", "perplexity")), f"{HALF_TOLERANCES['perplexity']:.0e}", "",
+)  # fmt: skip
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -224,20 +246,22 @@ def _about(about: Circumstances) -> str:
     )
 
 
-def _summary_line(strategy: Strategy, rows: list[Row]) -> list[str]:
-    trained = [row for row in rows if not row.case.evaluates]
-    evaluated = [row for row in rows if row.case.evaluates]
-    exact = [row for row in trained if row.case.precision == "fp32"]
-    half = [row for row in trained if row.case.precision != "fp32"]
-    perplexity = _worst(evaluated, "perplexity")
-    precision = evaluated[0].case.precision if evaluated else "fp32"
+def _plugin_line(plugin: str, rows: list[Row]) -> list[str]:
+    strategies = dict.fromkeys(row.case.strategy.name for row in rows)
+    ranks = sorted({row.case.strategy.world_size for row in rows})
+    return [f"`{plugin}`", "; ".join(strategies), ", ".join(map(str, ranks)), *_measured(rows)]
+
+
+def _measured(rows: list[Row]) -> list[str]:
+    """Return the cells under MEASURED. An evaluation of given weights differs in `perplexity`, a training in the rest."""
+    exact = [row for row in rows if row.case.precision == "fp32"]
+    half = [row for row in rows if row.case.precision != "fp32"]
+    trained_exact, trained_half = ([row for row in group if not row.case.evaluates] for group in (exact, half))
     return [
-        strategy.name,
-        str(strategy.world_size),
-        str(len(trained)),
-        *(_worst(group, name) for name in ("loss", "grad_norm", "evaluation") for group in (exact, half)),
-        _worst(exact, "weights"),
-        perplexity if precision == "fp32" else f"{perplexity} ({precision})",
+        str(len(rows)),
+        *(_worst(g, name) for name in ("loss", "grad_norm", "evaluation") for g in (trained_exact, trained_half)),
+        _worst(trained_exact, "weights"),
+        *(_worst(group, "perplexity") for group in (exact, half)),
         _verdict(rows),
     ]
 
@@ -261,11 +285,6 @@ def _closing(rows: Sequence[Row]) -> str:
 def _worst(rows: Sequence[Row], name: str) -> str:
     values = [value for row in rows if (value := getattr(row.differences, name)) is not None]
     return _number(max(values)) if values else "-"
-
-
-def _by_strategy(rows: Sequence[Row]) -> Iterable[tuple[Strategy, Iterable[Row]]]:
-    order = {row.case.strategy: number for number, row in reversed(list(enumerate(rows)))}
-    return groupby(sorted(rows, key=lambda row: order[row.case.strategy]), key=lambda row: row.case.strategy)
 
 
 def _sections(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:

@@ -123,6 +123,7 @@ def run(order: Order, process: Runtime, folder: Path) -> dict[str, Any]:
     if not job.args.eval_only:
         checkpoint.export(engine, job.source, None, folder / "finals" / order.name)
     chunks = chunk_shares(engine) if job.args.plugin == "gemini" else None
+    num_updates = 0 if job.args.eval_only else engine.adam_step
     engine.close()
     del engine
     gc.collect()
@@ -131,6 +132,7 @@ def run(order: Order, process: Runtime, folder: Path) -> dict[str, Any]:
         "losses": [step.loss for step in book.steps],
         "grad_norms": [step.grad_norm for step in book.steps],
         "evaluations": book.evaluations,
+        "num_skipped": len(book.steps) - num_updates,
         "chunk_shares": chunks,
         "seconds": time.perf_counter() - started,
     }

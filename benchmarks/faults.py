@@ -464,14 +464,17 @@ def folder_turns_read_only(bench: Bench, number: int) -> Trial:
 
 
 def folder_in_use(bench: Bench, number: int) -> Trial:
-    """Start a second run in the folder of one that trains."""
-    first = Run(bench.new_folder(), "--save_steps", "0", "--max_train_steps", "100000")
-    first.wait_for_step(1)
-    second = Run(first.folder).finish(START_LIMIT_S)
+    """Start a second run in the folder of one that trains: as if it were new, to go on from it, to write over it."""
+    endless = ("--save_total_limit", "1", "--max_train_steps", "100000")
+    intruder = ((), ("--resume_from_checkpoint", "last"), ("--overwrite_output_dir",))[number % 3]
+    first = Run(bench.new_folder(), *endless)
+    first.wait_for_step(SAVE_STEPS + 1)
+    second = Run(first.folder, *endless, *intruder).finish(START_LIMIT_S)
     problems = [] if first.process.poll() is None else ["the first run ended"]
     first.process.terminate()
     problems += end_problems(first.finish(), [143])
-    trial = refused("output folder in use by another run", "while the other trains", second, "already holds a run")
+    how = f"while the other trains; {' '.join(intruder) or 'no flag'}"
+    trial = refused("output folder in use by another run", how, second, "in use by a run that is still alive")
     return trial.with_problems(problems)
 
 
@@ -484,7 +487,7 @@ def folder_overwritten(bench: Bench, number: int) -> Trial:
     problems = list(end_problems(ended, [0]))
     if checkpoints(folder) != [SAVE_STEPS] or len((folder / "metrics.jsonl").read_text().splitlines()) > SAVE_STEPS + 2:
         problems.append(f"what is left is not this run's: {checkpoints(folder)}")
-    fault, how = "the same with --overwrite_output_dir", "after the other ended"
+    fault, how = "output folder of another run, --overwrite_output_dir", "after the other ended"
     return Trial(fault, how, ended.code, ended.seconds, ended.orphans, None, tuple(problems))
 
 
@@ -612,7 +615,7 @@ FAULTS: dict[Callable[[Bench, int], Trial], int] = {
     full_disk: 1,
     read_only_folder: 1,
     folder_turns_read_only: 1,
-    folder_in_use: 1,
+    folder_in_use: 3,
     folder_overwritten: 1,
     flipped_bit: 1,
     truncated_shard: 1,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +85,41 @@ def run_training() -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def run_many() -> Callable[..., dict[str, Run]]:
-    """Run several command lines, by name, in the processes of one torchrun; results in `folder`/<name>."""
+def worker() -> Iterator[subprocess.Popen[str]]:
+    """tests/worker.py, which has imported everything and forks ranks on order."""
+    # NVML counts the GPUs: CUDA's own answer would keep forked ranks from using them.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "worker.py")]
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdin=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        yield process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def order(worker: subprocess.Popen[str], world: int, commands: Path, answer: Path, *, timeout_s: float = 240) -> Any:
+    """Return the worker's answer to an order."""
+    assert worker.stdin is not None
+    worker.stdin.write(json.dumps([world, str(commands), str(answer)]) + "\n")
+    worker.stdin.flush()
+    end = time.monotonic() + timeout_s
+    while not answer.exists():
+        assert worker.poll() is None and time.monotonic() < end, "the worker ended, or does not answer"
+        time.sleep(0.02)
+    return json.loads(answer.read_text())
+
+
+@pytest.fixture(scope="session")
+def run_many(worker: subprocess.Popen[str]) -> Callable[..., dict[str, Run]]:
+    """Run several command lines, by name, one after the other in the same ranks; results in `folder`/<name>."""
 
     def run(folder: Path, flags: Mapping[str, Sequence[object]], *, world: int, **options: bool) -> dict[str, Run]:
         commands, answer = folder / "commands.json", folder / "answer.json"
         commands.write_text(json.dumps([command_line(folder / name, flags[name], **options) for name in flags]))
-        code, output = torchrun(ROOT / "tests" / "worker.py", world, commands, answer)
-        assert code == 0, output
-        done = json.loads(answer.read_text())
+        answer.unlink(missing_ok=True)
+        done = order(worker, world, commands, answer)
+        assert not isinstance(done, str), done
         return {name: Run(code, text, folder / name) for name, (code, text) in zip(flags, done, strict=True)}
 
     return run

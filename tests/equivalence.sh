@@ -20,7 +20,8 @@ usage: bash tests/equivalence.sh [flags...]
   --quick            a slice: each kind of strategy once
   --only REGEX       the cases whose name matches, as in the table's JSON
   --train_file FILE  train on this text, a token a byte (default: LICENSE); 7 kB are enough
-  --output FOLDER    takes equivalence.md and equivalence.json (default: outputs/equivalence)
+  --output PATH      a folder, which gets equivalence.md and equivalence.json, or the name of the .md file
+                     (default: outputs/equivalence)
 
 SKIP_SETUP=1 makes no .venv and uses PYTHON as it is.
 USAGE

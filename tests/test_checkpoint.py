@@ -1,5 +1,6 @@
 """Checkpoints: what is written, what a resumed run repeats, and what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from args import ConfigError, TrainArgs
+from args import ConfigError, TrainArgs, parse_args
 from checkpoint import FIXED_FLAGS, MANIFEST, find, resume_problems, step_folders, verify
 from conftest import ROOT
+from runtime import folder_lock, lock_problem
+from train_clm import export
 
 LENGTH = "--max_train_steps 4 --save_strategy steps --save_steps 2"
 EXACT = {
@@ -40,8 +43,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder, run_many):
-    """Four steps under every plugin on two ranks, checkpoints after 2 and 4."""
-    return run_many(folder, {name: [*flags.split(), *LENGTH.split()] for name, flags in EXACT.items()}, world=2)
+    """Four steps under every plugin on two ranks, checkpoints after 2 and 4, final/."""
+    length = [*LENGTH.split(), "--save_final"]
+    return run_many(folder, {name: [*flags.split(), *length] for name, flags in EXACT.items()}, world=2)
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +108,45 @@ def test_a_checkpoint_holds_weights_and_moments_in_fp32_under_transformers_names
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_an_exported_checkpoint_is_the_model_that_was_trained(whole, tmp_path):
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(4, 36)[None]).logits
+
+
+def trained_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the model of a checkpoint's fp32 weights, cast to a type."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("states-*.safetensors"):
+        tensors |= {key[7:]: value for key, value in load_file(path).items() if key.startswith("weight/")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert not model.load_state_dict({"lm_head.weight": tensors["model.decoder.embed_tokens.weight"]} | tensors)[0]
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_final_has_the_logits_of_the_trained_model_in_16_bits(name, whole):
+    dtype = torch.float16 if "fp16" in name else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(whole[name].folder / "final")
+    assert model.dtype == dtype and f"final, {dtype} weights" in whole[name].output
+    assert torch.equal(logits(model), logits(trained_model(checkpoint_of(whole[name], 4), dtype)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"), [("auto", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_an_exported_checkpoint_is_the_model_that_was_trained(asked, dtype, whole, tmp_path):
+    source, target = checkpoint_of(whole["pipeline fp32"], 4), tmp_path / "exported"
+    export(parse_args(["--export", str(source), "--output_dir", str(target), "--export_dtype", asked]), source)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.dtype == dtype and torch.equal(logits(model), logits(trained_model(source, dtype)))
+
+
+def test_the_model_of_a_checkpoint_is_written_by_one_command(whole, tmp_path):
     run, target = whole["torch_ddp"], tmp_path / "exported"
     command = [sys.executable, ROOT / "train_clm.py", "--export", checkpoint_of(run, 4), "--output_dir", target]
     subprocess.run(list(map(str, command)), check=True, timeout=120)
-    model = AutoModelForCausalLM.from_pretrained(target)
-    weights = load_file(next(checkpoint_of(run, 4).glob("states-00-*.safetensors")))
-    trained = weights["weight/model.decoder.layers.3.fc2.weight"]
-    assert (
-        torch.equal(model.model.decoder.layers[3].fc2.weight, trained) and model.lm_head.weight.dtype == torch.float32
-    )
+    exported, final = (load_file(folder / "model.safetensors") for folder in (target, run.folder / "final"))
+    assert exported.keys() == final.keys() and all(torch.equal(exported[name], final[name]) for name in final)
 
 
 @pytest.fixture
@@ -197,19 +230,58 @@ def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
         next(line for line in process.stdout if line.startswith("step"))
         process.send_signal(signal.SIGUSR1)
         output = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGUSR1 and "status      interrupted" in output
+    assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in output
+    assert "status      interrupted" in output
     step = find("last", folder).manifest.progress.step
     assert json.loads((folder / "result.json").read_text())["steps"] == step
 
 
-def test_a_full_disk_ends_every_rank_with_one_message(tmp_path, run_training):
+def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_path):
+    common = "--model_name_or_path tiny --from_scratch --dataset synthetic --block_size 32 --save_strategy steps"
+    command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--save_steps", "2"]
+    command += ["--max_train_steps", "400", "--logging_steps", "1", "--output_dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            next(line for line in first.stdout if line.startswith("checkpoint"))
+            for flags in (["--resume_from_checkpoint", "last"], ["--overwrite_output_dir"]):
+                second = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+                assert second.returncode == 2 and second.stderr.startswith("error: --output_dir"), second.stderr
+                assert f"in use by a run that is still alive (process {first.pid} on" in second.stderr
+                assert second.stderr.count("\n") == 1
+            with pytest.raises(ConfigError, match="still alive"):
+                export(
+                    parse_args(["--export", "any", "--output_dir", command[-1], "--overwrite_output_dir"]), Path("any")
+                )
+            assert first.poll() is None
+        finally:
+            first.kill()
+    assert find("last", tmp_path / "run").manifest.progress.step >= 2
+    assert lock_problem(tmp_path / "run") is None
+
+
+def test_the_second_of_two_that_take_a_folder_at_once_is_refused(tmp_path):
+    with folder_lock(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on"), folder_lock(tmp_path):
+        pass
+    with folder_lock(tmp_path):
+        assert "still alive" in lock_problem(tmp_path)
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with caplog.at_level("WARNING", logger="clm"), folder_lock(tmp_path), folder_lock(tmp_path):
+        assert lock_problem(tmp_path) is None
+    assert caplog.text.count("cannot be locked ([Errno 37] No locks available)") == 2
+
+
+def test_a_file_the_disk_does_not_take_ends_every_rank_with_one_message(tmp_path, run_training):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '0':\n    import safetensors.torch as st\n"
-        "    def full(*args, **kwargs):\n        raise OSError(28, 'No space left on device')\n"
-        "    st.save_file = full\n"
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, resource.RLIM_INFINITY))\n"
     )
     flags = "--save_strategy steps --save_steps 1"
     run = run_training(tmp_path, *flags.split(), world=2, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert run.code == 1 and run.output.count("No space left on device") == 1, run.output
-    assert "error: [rank 0] checkpoint" in run.output
-    assert not step_folders(run.folder / "checkpoints")
+    assert run.code == 1 and run.output.count("could not be written") == 1, run.output
+    assert "error: [rank 0] checkpoint" in run.output and "File too large" in run.output
+    assert not list((run.folder / "checkpoints").iterdir())

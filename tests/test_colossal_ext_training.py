@@ -1,5 +1,6 @@
-"""Every plugin on CPU and gloo, as colossal_ext equips it, trains like a plain PyTorch loop.
+"""Plugins on CPU and gloo, as colossal_ext equips them, train like a plain PyTorch loop.
 
+The cases are those that most mends meet; tests/equivalence.sh has every shape, through train_clm.py.
 All cases run in one subprocess: it imports the libraries once, forks 1, 2 and 4 ranks after each other, and writes
 what they found as JSON. The tests below read it, one item a case and property.
 """
@@ -80,19 +81,10 @@ CLIPPED = {"accumulation": 2, "max_norm": 0.3}
 CASES: dict[str, Case] = {
     "gemini_bf16_one_rank_accumulated_clipped": Case(1, "gemini", precision="bf16", **CLIPPED),
     "ddp_fp16_one_rank": Case(1, "ddp", precision="fp16", **CLIPPED),
-    "ddp": Case(2, "ddp"),
-    "ddp_accumulated_clipped": Case(2, "ddp", accumulation=4, max_norm=0.3),
-    "ddp_bf16": Case(2, "ddp", precision="bf16", **CLIPPED),
     "ddp_fp16": Case(2, "ddp", precision="fp16", **CLIPPED),
-    "zero1": zero(1),
-    "zero2": zero(2),
-    "zero1_accumulated_clipped": zero(1, **CLIPPED),
-    "zero2_accumulated_clipped": zero(2, **CLIPPED),
     "zero1_post_norm_checkpointed": zero(1, model="post_norm", checkpointing=True),
     "zero1_bf16": zero(1, precision="bf16", **CLIPPED),
     "zero2_fp16": zero(2, precision="fp16", **CLIPPED),
-    "zero1_offloaded": Case(2, "zero", {"stage": 1, "cpu_offload": True}),
-    "gemini_bf16": Case(2, "gemini", precision="bf16"),
     "gemini_bf16_accumulated_clipped": Case(2, "gemini", precision="bf16", **CLIPPED),
     "gemini_bf16_offloaded": Case(2, "gemini", OFFLOADED, precision="bf16", max_norm=0.3),
     "gemini_bf16_half_offloaded_accumulated": Case(
@@ -101,24 +93,15 @@ CASES: dict[str, Case] = {
     "gemini_fp16_post_norm_checkpointed": Case(
         2, "gemini", precision="fp16", model="post_norm", checkpointing=True, max_norm=0.3
     ),
-    "tp2": hybrid(2, tp=2),
     "tp2_accumulated_clipped": hybrid(2, tp=2, accumulation=4, max_norm=0.3),
-    "tp2_post_norm_checkpointed": hybrid(2, tp=2, model="post_norm", checkpointing=True),
     "tp2_full_logits": hybrid(2, tp=2, options={"parallel_output": False}),
-    "tp2_bf16": hybrid(2, tp=2, precision="bf16", **CLIPPED),
     "tp2_fp16": hybrid(2, tp=2, precision="fp16", **CLIPPED),
-    "pp2": hybrid(2, pp=2),
-    "pp2_accumulated_clipped": hybrid(2, pp=2, **CLIPPED),
     "pp2_interleaved": hybrid(2, pp=2, options=INTERLEAVED, max_norm=0.3),
-    "pp2_post_norm_checkpointed": hybrid(2, pp=2, model="post_norm", checkpointing=True),
     "pp2_bf16": hybrid(2, pp=2, precision="bf16", **CLIPPED),
     "dp2_zero1_bf16": hybrid(2, options={"zero_stage": 1}, precision="bf16", **CLIPPED),
-    "tp2_pp2": hybrid(4, tp=2, pp=2),
     "tp2_pp2_interleaved_post_norm": hybrid(4, tp=2, pp=2, options=INTERLEAVED, model="post_norm"),
     "tp2_pp2_accumulated_clipped": hybrid(4, tp=2, pp=2, checkpointing=True, **CLIPPED),
-    "tp2_dp2": hybrid(4, tp=2, **CLIPPED),
     "pp2_dp2": hybrid(4, pp=2, options={"num_microbatches": 2}, **CLIPPED),
-    "tp2_dp2_zero1_bf16": hybrid(4, tp=2, options={"zero_stage": 1}, precision="bf16", **CLIPPED),
     "pp2_dp2_zero1_fp16": hybrid(
         4, pp=2, options={"zero_stage": 1, "num_microbatches": 2}, precision="fp16", **CLIPPED
     ),

@@ -143,8 +143,10 @@ def test_half_precision_may_be_two_percent_off_but_no_more():
 
 
 def test_a_step_that_fp16_skipped_is_told():
-    skipped = dataclasses.replace(PLAIN, grad_norms=[math.inf, 1.0])
+    skipped = dataclasses.replace(PLAIN, grad_norms=[math.inf, 1.0], num_skipped=1)
     assert verdict(skipped, HALF) == "agrees, though fp16 skipped 1 of the steps"
+    worse = dataclasses.replace(skipped, losses=[6.0, 9.0])
+    assert verdict(worse, HALF) == "differs: loss 8.0e-01 > 2e-02; fp16 skipped 1 of the steps"
     assert verdict(skipped).startswith("differs: grad norm inf")
 
 
@@ -171,6 +173,22 @@ def test_an_error_is_a_row_with_its_last_line_and_the_whole_text_below():
     about = Circumstances("", "2026-11-23", "cpu", {}, None, "", 1.0, Differences())
     page = Report(about, [row]).as_markdown()
     assert "| error: ValueError: no |" in page and "Traceback\n  line" in page and "1 of 1 differ" in page
+
+
+def test_the_table_has_a_line_a_plugin_with_its_worst_numbers_and_the_tolerances():
+    rows = [Row(EXACT, Differences(loss=loss, weights=1e-6), "agrees") for loss in (2e-7, 3e-7)]
+    rows += [Row(HALF, Differences(loss=4e-4, weights=1.0), "agrees"), Row(EXACT, Differences(loss=9.0), "differs: x")]
+    about = Circumstances("", "2026-11-23", "cpu", {}, None, "", 1.0, Differences())
+    summary = Report(about, rows).summary()
+    line = "| `low_level_zero` | ZeRO 1 | 2 | 4 | 9.0e+00 | 4.0e-04 | - | - | - | - | 1.0e-06 | - | - | 1 of 4 differ |"
+    assert line in summary
+    assert "| held to |  |  |  | 1e-05 | 2e-02 | 1e-05 | 5e-02 | 1e-05 | 2e-02 | 1e-04 | 1e-06 | 2e-02 |  |" in summary
+
+
+def test_the_readme_shows_the_summary_of_the_committed_table():
+    page = (ROOT / "benchmarks" / "results" / "equivalence.md").read_text()
+    summary = page.split("\n\n")[2].splitlines()
+    assert len(summary) > 5 and "\n".join(summary) in (ROOT / "README.md").read_text()
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------

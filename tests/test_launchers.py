@@ -376,7 +376,8 @@ def start(clean_env: dict[str, str], tmp_path: Path) -> Iterator[Starter]:
 
     def run(launcher: Path, *arguments: str, torchrun: Path) -> subprocess.Popen[str]:
         env = clean_env | {"TORCHRUN": str(torchrun)}
-        command = ["bash", str(launcher), *arguments]
+        # A shell cannot trap what it was started to ignore, as SIGINT where the tests run in the background.
+        command = ["env", "--default-signal=INT", "bash", str(launcher), *arguments]
         processes.append(subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
         return processes[-1]
 

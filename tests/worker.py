@@ -1,15 +1,23 @@
-"""Runs several command lines of train_clm.py one after the other in the processes of one torchrun.
+"""Runs command lines of train_clm.py in ranks that it forks: importing the libraries takes longer than training `tiny`.
 
-Importing torch and ColossalAI takes a rank longer than training `tiny`. Usage: worker.py COMMANDS.json OUTPUT.json
+Reads orders from stdin, a line of JSON each: [world size, COMMANDS.json, ANSWER.json]. The answer is rank 0's exit code
+and output of each command line, or the text of what went wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
+import os
+import socket
 import sys
+import traceback
 from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import runtime
 import train_clm
@@ -29,13 +37,44 @@ def run(argv: list[str], process: runtime.Runtime) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def main(commands: Path, answer: Path) -> None:
-    """Run every command line of `commands` and write rank 0's codes and outputs."""
+def run_rank(rank: int, world: int, port: int, commands: str, answer: Path) -> None:
+    """Run every command line of `commands` as torchrun's rank would, and let rank 0 write the answer."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     process = runtime.current_runtime()
-    done = [run(argv, process) for argv in json.loads(commands.read_text())]
+    done = [run(argv, process) for argv in json.loads(Path(commands).read_text())]
     if process.is_main:
-        answer.write_text(json.dumps(done))
+        write(answer, done)
+    if dist.is_initialized():
+        dist.barrier()
+    os._exit(0)  # ColossalAI's process groups complain when the interpreter ends
+
+
+def write(answer: Path, content: object) -> None:
+    """Write a file that whoever waits for it finds whole."""
+    half = answer.with_suffix(".half")
+    half.write_text(json.dumps(content))
+    half.rename(answer)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def main() -> None:
+    """Import everything once, then carry out the orders."""
+    runtime.quiet_third_parties(runtime.current_runtime())
+    for name in ("recorder", "strategy"):  # and through them torch, transformers, colossalai
+        importlib.import_module(name)
+    for line in sys.stdin:
+        world, commands, answer = json.loads(line)
+        try:
+            mp.start_processes(run_rank, (world, free_port(), commands, Path(answer)), world, start_method="fork")
+        except Exception:
+            write(Path(answer), traceback.format_exc())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
