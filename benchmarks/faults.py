@@ -449,18 +449,19 @@ def read_only_folder(bench: Bench, number: int) -> Trial:
 
 
 def folder_turns_read_only(bench: Bench, number: int) -> Trial:
-    """Take the right to write away while the run trains."""
-    plugin = PLUGINS[0]
-    with tmpfs(bench.new_folder(), size_mib=2 * NUM_STEPS * CHECKPOINT_MIB) as disk:
-        run = Run(disk / "run", *plugin.split())
+    """Take the right to write checkpoints away while the run trains; its other files stay open for writing."""
+    plugin, folder = PLUGINS[0], bench.new_folder()
+    with tmpfs(folder / "checkpoints", size_mib=2 * NUM_STEPS * CHECKPOINT_MIB) as disk:
+        run = Run(folder, *plugin.split(), "--overwrite_output_dir")
         run.wait_for_step(SAVE_STEPS + 1)
         while not remount(disk, "ro"):  # a file is open for writing just now
+            assert run.process.poll() is None, run.finish().output
             time.sleep(0.001)
         run.since = time.monotonic()
         ended = run.finish()
         remount(disk, "rw")
-        fault = "output folder turns read-only while training"
-        return bench.judge(fault, plugin, plugin, disk / "run", ended, codes=[1], says="could not be written")
+        fault = "checkpoint folder turns read-only while training"
+        return bench.judge(fault, plugin, plugin, folder, ended, codes=[1], says="could not be written")
 
 
 def folder_in_use(bench: Bench, number: int) -> Trial:
