@@ -130,7 +130,7 @@ def run(order: Order, process: Runtime, folder: Path) -> dict[str, Any]:
     return {
         "name": order.name,
         "losses": [step.loss for step in book.steps],
-        "grad_norms": [step.grad_norm for step in book.steps],
+        "grad_norms": [step.grad_norm if step.grad_norm is None else float(step.grad_norm) for step in book.steps],
         "evaluations": book.evaluations,
         "num_skipped": len(book.steps) - num_updates,
         "chunk_shares": chunks,
