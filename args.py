@@ -93,6 +93,7 @@ class TrainArgs:
     export: str | None = flag("output", None, "only write the model of this checkpoint to --output_dir as a Hugging Face folder; off: train", metavar="CHECKPOINT")
     save_final: bool = flag("output", True, "write final/, a Hugging Face folder with the trained model", negatable=True)
     export_dtype: str = flag("output", "auto", "type of the weights in final/ and in what --export writes; auto: 16 bits, the run's own type, bf16 after an fp32 run", choices=("auto", "bf16", "fp16", "fp32"))
+    plan: bool = flag("output", False, "only print the predicted memory of every plugin's main settings and what auto takes; touches no GPU; without one, --mem_cap says how much it has; with --output_dir also as plan.json")
     eval_only: bool = flag("output", False, "only print the perplexity of the model, train nothing")
     prompt: tuple[str, ...] = flag("output", (), "continue this text with the trained model; repeatable", action="append", metavar="TEXT")
     num_samples: int = flag("output", 0, "texts to generate from the start token after training; 0: off", type=int)

@@ -19,9 +19,16 @@ GIB = 2**30
 # buffers between several ranks, an estimate.
 CUDA_BYTES = int(1.3 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
-# A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: estimate.
+# A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.6 to
+# 1.9 GiB measured on an H200.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
-HOST_CUDA_PROCESS_BYTES = 4 * GIB
+HOST_CUDA_PROCESS_BYTES = int(1.8 * GIB)
+# Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
+# go to the host layer by layer as they are drawn.
+WEIGHTS_ROOM = 0.4
+# A compiled layer keeps this much more of each token than its tensors add up to, whatever its width: measured on an H200
+# at 125m, 350m and 1.3b (0.84, 0.85 and 0.47 GiB); the cause is not known.
+COMPILED_LAYER_BYTES = 2400
 # Pinned blocks are rounded up to a power of two; the mean of that factor over all sizes is 2 ln 2. Estimate.
 PINNED_ROUNDING = 1.39
 # Share of the limit that a setting must leave free to be called fitting: fragmentation and our own error. Estimate.
@@ -114,6 +121,7 @@ class PlanRequest:
         checkpointed_layers: layers whose activations are recomputed.
         compiled: whether the whole model, loss included, is one compiled graph.
         dropout: whether dropout masks are kept.
+        random_weights: drawn on the GPU, where they stay if there is room; others pass through the host.
         gpu_gib: memory of one GPU; None on a CPU.
         mem_cap_gb: cap in GB, 10^9 bytes; 0: none.
         host_gib: memory of one machine; None: not looked at.
@@ -137,6 +145,7 @@ class PlanRequest:
     step_in_backward: bool = False
     compiled: bool = False
     dropout: bool = True
+    random_weights: bool = False
     gpu_gib: float | None = None
     mem_cap_gb: float = 0.0
     host_gib: float | None = None
@@ -398,7 +407,8 @@ def layer_activation_bytes(request: PlanRequest) -> int:
     divided = item * (4 * h + request.shape.ffn_width) // request.tp
     # The CPU keeps a mask in the numbers' own type.
     masks = 2 * h * (item if request.on_cpu else 1) if request.dropout else 0
-    return residual + normed + divided + masks
+    unexplained = COMPILED_LAYER_BYTES if request.compiled else 0
+    return residual + normed + divided + masks + unexplained
 
 
 def _residual_bytes(request: PlanRequest) -> int:
@@ -503,7 +513,9 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
     offloaded = _states(request).offloaded
     if request.on_cpu:
         return request.processes_per_host * (HOST_PROCESS_BYTES + offloaded + device.total)
-    loading = 4 * request.shape.num_params
+    weights = 4 * request.shape.num_params
+    stay = request.random_weights and request.limit_bytes is not None and weights <= WEIGHTS_ROOM * request.limit_bytes
+    loading = 0 if stay else weights
     return request.processes_per_host * (HOST_CUDA_PROCESS_BYTES + max(offloaded, loading))
 
 
@@ -607,6 +619,7 @@ def _requests(
             offload_param_frac=setting.offload_param_frac,
             step_in_backward=setting.step_in_backward,
             compiled=_compiled(named, on_cpu=gpu_gib is None),
+            random_weights=args.from_scratch or args.model_size == "tiny",
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
@@ -719,6 +732,85 @@ def _recompute_text(request: PlanRequest) -> str:
     if not request.checkpointed_layers:
         return "no recompute"
     return f"{request.checkpointed_layers} of {request.shape.num_layers} layers recomputed"
+
+
+# ---------------------------------------------------------------------------- the whole table
+
+# The main settings of every plugin; those that a run cannot have (number of GPUs, other flags) are left out.
+MAIN_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"plugin": "torch_ddp"},
+    {"plugin": "torch_ddp_fp16"},
+    {"plugin": "low_level_zero"},
+    {"plugin": "low_level_zero", "zero_stage": 2},
+    {"plugin": "low_level_zero", "step_in_backward": "on"},
+    {"plugin": "low_level_zero", "offload_optim_frac": 0.5},
+    {"plugin": "low_level_zero", "offload_optim_frac": 1.0},
+    {"plugin": "gemini"},
+    {"plugin": "gemini", "offload_optim_frac": 0.5},
+    {"plugin": "gemini", "offload_optim_frac": 1.0},
+    {"plugin": "gemini", "offload_optim_frac": 1.0, "offload_param_frac": 1.0},
+    {"plugin": "hybrid_parallel", "zero_stage": 1},
+    {"plugin": "hybrid_parallel", "tp": 2},
+    {"plugin": "hybrid_parallel", "pp": 2},
+    {"plugin": "hybrid_parallel", "tp": 2, "pp": 2},
+)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A line of the plan's table.
+
+    Args:
+        flags: what to add to the command for it.
+    """
+
+    flags: str
+    plan: Plan
+
+
+def alternatives(
+    args: TrainArgs,
+    shape: ModelShape,
+    world_size: int,
+    gpu_gib: float | None,
+    host_gib: float | None,
+    *,
+    dropout: bool = True,
+) -> list[Alternative]:
+    """Return every plugin's main settings, each without and with recompute, for the batch and length of `args`."""
+    num_gpus, found = 0 if gpu_gib is None else world_size, []
+    for changes in MAIN_SETTINGS:
+        if changes.get("zero_stage") == 2 and world_size == 1:
+            continue  # the same as stage 1
+        for recompute in ("off", "on"):
+            changed = {**changes, "gradient_checkpointing": recompute}
+            setting = replace(args, **changed)
+            if problems(setting, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
+                continue
+            predicted = resolve_auto(setting, shape, world_size, gpu_gib, host_gib, dropout=dropout).plan
+            found.append(Alternative(_flags(changed), predicted))
+    return found
+
+
+def table(choice: Choice, others: list[Alternative]) -> str:
+    """Return the choice and the alternatives as text: GiB of one device by category, and of the host."""
+    names = {
+        "parameters": "param", "gradients": "grad", "master_weights": "master", "optimizer_moments": "moments",
+        "activations": "activ", "logits": "logits", "communication_buffers": "comm", "framework": "frame",
+    }  # fmt: skip
+    lines = ["  ".join([*(f"{short:>7}" for short in names.values()), "  total", "   host", "fits", "flags"])]
+    for other in others:
+        parts = asdict(other.plan.device_bytes)
+        numbers = [*(parts[name] for name in names), other.plan.total_bytes, other.plan.host_bytes]
+        cells = [f"{value / GIB:7.2f}" for value in numbers]
+        lines.append("  ".join([*cells, " yes" if other.plan.fits else "  no", other.flags]))
+    limits = [
+        f"{what} {limit / GIB:.1f} GiB"
+        for what, limit in (("device", choice.plan.limit_bytes), ("host", choice.plan.host_limit_bytes))
+        if limit
+    ]
+    head = f"GiB a device at the moment that needs most, and of the host; limits: {', '.join(limits) or 'none'}"
+    return "\n".join([head, *lines, f"chosen: {choice.reason}"])
 
 
 # ---------------------------------------------------------------------------- advice

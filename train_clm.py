@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from args import ConfigError, TrainArgs, parse_args, problems
 
 if TYPE_CHECKING:
     from model import ModelSource
-    from planner import Choice
+    from planner import Choice, ModelShape
     from recorder import Job, Recorder
     from runtime import Runtime, StopSignal
     from strategy import Engine
@@ -25,9 +26,6 @@ WITHOUT_HUB = (
     "--model_name_or_path DIR (or a size with --from_scratch), --tokenizer_name DIR, --train_file FILE"
 )
 
-# Share of a GPU's memory that fp32 weights may fill before the plugin has cast and placed them.
-WEIGHTS_ROOM = 0.4
-
 # Heavy packages are imported inside the functions: --help and a bad flag answer at once, and what is imported finds
 # its chatter silenced and the hub's reachability settled.
 
@@ -35,9 +33,55 @@ WEIGHTS_ROOM = 0.4
 def main() -> None:
     """Run the command line to its exit code."""
     args = parse_args()
+    if args.plan:
+        sys.exit(print_plan(args))
     import runtime
 
     runtime.run_to_exit(lambda process: run(args, process))
+
+
+def print_plan(args: TrainArgs) -> int:
+    """Print what every plugin would take for this command, without torch and without touching a GPU; return 0 or 2."""
+    import hardware
+    import planner
+
+    if int(os.environ.get("RANK", 0)):
+        return 0
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    sizes = [gpu.memory_gib for gpu in hardware.visible_gpus() if gpu.memory_gib]
+    gpu_gib = min(sizes, default=args.mem_cap * 1e9 / planner.GIB or None)
+    num_gpus = world_size if gpu_gib else 0
+    if found := problems(args, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
+        print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
+        return 2
+    try:
+        shape, dropout = planned_shape(args)
+    except ConfigError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    where = (args, shape, world_size, gpu_gib, hardware.host_memory_gib())
+    choice, others = planner.resolve_auto(*where, dropout=dropout), planner.alternatives(*where, dropout=dropout)
+    print(planner.table(choice, others))
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"chosen": asdict(choice), "alternatives": [asdict(other) for other in others]}
+        (folder / "plan.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def planned_shape(args: TrainArgs) -> tuple[ModelShape, bool]:
+    """Return the model's numbers, and whether it drops activations out; only a model that is not OPT needs torch."""
+    from opt_sizes import OPT_SHAPES
+    from planner import model_shape
+
+    if args.model_size:
+        shape = OPT_SHAPES[args.model_size]
+        return model_shape(shape), (shape.dropout if args.dropout is None else args.dropout) > 0
+    import model
+
+    source = model.find_model(args)
+    return model.shape_of(source), getattr(source.config, "dropout", 0.0) > 0
 
 
 def run(args: TrainArgs, process: Runtime) -> int:
@@ -289,6 +333,7 @@ def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[E
     import checkpoint
     import data
     import model
+    import planner
     import strategy
     import trainer
 
@@ -297,7 +342,7 @@ def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[E
         job.source,
         seed=args.seed,
         device=job.process.device,
-        room_bytes=WEIGHTS_ROOM * (job.choice.plan.limit_bytes or 0),
+        room_bytes=planner.WEIGHTS_ROOM * (job.choice.plan.limit_bytes or 0),
     )
     model.recompute_layers(module, int(args.gradient_checkpointing))
     engine = strategy.Engine(args, job.process, strategy.workload(module, varying_length=not args.packs_text))
