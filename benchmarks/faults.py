@@ -545,15 +545,21 @@ def rank_raises(bench: Bench, number: int) -> Trial:
 
 def planted_nan(bench: Bench, number: int) -> Trial:
     """One micro-batch of one rank turns into NaN, in a step that would be saved."""
-    return not_finite(bench, "a NaN in the data path", PLUGINS[number % 3], NAN, "loss")
+    return not_finite(bench, "a NaN in the data path", PLUGINS[number % 3], NAN, f"the loss of step {BAD_STEP} is nan")
 
 
 def planted_nan_gradient(bench: Bench, number: int) -> Trial:
     """The loss is fine and its gradient is NaN, in a step that would be saved."""
-    return not_finite(bench, "a NaN in a gradient", PLUGINS[number % 3], NAN_GRADIENT, "gradient norm")
+    return not_finite(
+        bench,
+        "a NaN in a gradient",
+        PLUGINS[number % 3],
+        NAN_GRADIENT,
+        f"the weights after step {BAD_STEP} are not finite",
+    )
 
 
-def not_finite(bench: Bench, fault: str, plugin: str, harm: str, what: str) -> Trial:
+def not_finite(bench: Bench, fault: str, plugin: str, harm: str, says: str) -> Trial:
     """The checkpoint before is the last. `plugin` has whole embeddings: tensor parallelism brings its own."""
     run = Run(bench.new_folder(), *plugin.split(), planted=PLANTED.format(step=BAD_STEP, harm=harm))
     run.wait_for_step(BAD_STEP - 1)
@@ -561,7 +567,7 @@ def not_finite(bench: Bench, fault: str, plugin: str, harm: str, what: str) -> T
     problems = [] if checkpoints(run.folder) == [SAVE_STEPS] else [f"checkpoints {checkpoints(run.folder)}"]
     if result(run.folder)["status"] != "nan":
         problems.append("result.json does not say nan")
-    how, says = f"{plugin}, rank 1 in step {BAD_STEP}", f"the {what} of step {BAD_STEP} is nan"
+    how = f"{plugin}, rank 1 in step {BAD_STEP}"
     trial = bench.judge(fault, how, plugin, run.folder, ended, codes=[4], says=says)
     return trial.with_problems(problems)
 
