@@ -830,8 +830,9 @@ def oom_advice(
     """
     # What `auto` chose stands in every line, since it would choose again.
     chosen = {name: getattr(used, name) for name in AUTO_FLAGS if getattr(used, name) != getattr(given, name)}
-    if chosen.get("gradient_checkpointing") == "0":
-        del chosen["gradient_checkpointing"]
+    for name, nothing in (("gradient_checkpointing", "0"), ("step_in_backward", "off")):
+        if chosen.get(name) == nothing:
+            del chosen[name]
     ran = replace(given, **chosen)
     num_gpus = 0 if on_cpu else world_size
     advice = []
@@ -863,12 +864,16 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
             "per_device_train_batch_size": args.per_device_train_batch_size // divisor,
             "gradient_accumulation_steps": args.gradient_accumulation_steps * divisor,
         }
-    if plugin.startswith("torch_ddp") and replicas > 1:
+    if plugin.startswith("torch_ddp"):
         yield {"plugin": "low_level_zero", **_half(args)}
     if plugin in ("low_level_zero", "hybrid_parallel") and replicas > 1:
         yield {"zero_stage": 1 if plugin == "hybrid_parallel" else 2, **_half(args)}
-    if plugin == "low_level_zero":
-        yield {"offload_optim_frac": 1.0}
+    alone = plugin.startswith("torch_ddp") and world_size == 1
+    zero = {"plugin": "low_level_zero", **_half(args)} if alone else {}
+    if zero or plugin == "low_level_zero":
+        if _can_step_in_backward(args, world_size):
+            yield {**zero, "step_in_backward": "on"}
+        yield {**zero, "offload_optim_frac": 1.0}
     yield from _gemini_settings(args)
     if args.block_size >= 256:
         yield {"block_size": args.block_size // 2}

@@ -510,9 +510,12 @@ def advise(given: TrainArgs, *, world_size: int = 1, **used: Any) -> list[str]:
 
 
 def test_advice_starts_with_recompute_and_then_halves_the_batch() -> None:
-    assert advise(TrainArgs(plugin="torch_ddp"), gradient_checkpointing="0") == [
+    assert advise(TrainArgs(plugin="torch_ddp"), gradient_checkpointing="0", step_in_backward="off") == [
         "--gradient_checkpointing on",
         "--per_device_train_batch_size 8 --gradient_accumulation_steps 2",
+        "--plugin low_level_zero",
+        "--plugin low_level_zero --step_in_backward on",
+        "--plugin low_level_zero --offload_optim_frac 1",
         "--plugin gemini",
         "--plugin gemini --offload_optim_frac 1",
         "--plugin gemini --offload_optim_frac 1 --offload_param_frac 1",
@@ -553,7 +556,7 @@ def test_advice_to_shard_comes_before_advice_to_offload_where_there_are_several_
     advice = advise(TrainArgs(plugin="torch_ddp"), world_size=4)
     assert advice.index("--plugin low_level_zero") < advice.index("--plugin gemini")
     assert "--zero_stage 2" in advise(TrainArgs(plugin="low_level_zero", zero_stage=1), world_size=4)
-    assert "--plugin low_level_zero" not in advise(TrainArgs(plugin="torch_ddp"))
+    assert not any("step_in_backward" in line for line in advise(TrainArgs(plugin="torch_ddp"), world_size=4))
 
 
 def test_advice_names_the_cap() -> None:
