@@ -50,7 +50,8 @@ def make_tokenizer(kind: str = "OPT") -> Any:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["the cat and the dog sat on the mat in the rain"], trainer)
+    # " a" has to become a token of its own, as it is in OPT's.
+    tokenizer.train_from_iterator(["the cat and the dog sat on the mat in the rain" + 9 * " a"], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", START)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
 
