@@ -54,6 +54,22 @@ def test_updates_in_the_backward_pass_and_on_the_host_change_no_bit(runs):
     assert steps == {"bf16 on the host": "off", "bf16 on the host, in the backward pass": "on"}
 
 
+RESUMED = ("zero", "half on the host", "bf16 on the host, in the backward pass", "bf16 in the backward pass", "fp16")
+
+
+def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path, runs, run_many):
+    saving = {name: f"{RUNS[name]} --save_strategy steps --save_steps 1" for name in RESUMED}
+    saved = run_many(tmp_path, {name: flags.split() for name, flags in saving.items()}, world=1)
+    last = {name: f"{RUNS[name]} --resume_from_checkpoint" for name in RESUMED}
+    orders = {
+        f"{name} resumed": [*flags.split(), saved[name].folder / "checkpoints" / "step-00000002"]
+        for name, flags in last.items()
+    }
+    for name, run in run_many(tmp_path, orders, world=1).items():
+        assert run.code == 0, run.output
+        assert run.losses == runs[name.removesuffix(" resumed")].losses[2:], name
+
+
 def test_the_last_matrices_go_to_the_host_until_the_share_is_reached():
     matrices = [torch.nn.Parameter(torch.zeros(4, 5)) for _ in range(3)]
     vector = torch.nn.Parameter(torch.zeros(4))
