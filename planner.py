@@ -508,13 +508,21 @@ def framework_bytes(world_size: int) -> int:
     return CUDA_BYTES + (NCCL_BYTES if world_size > 1 else 0)
 
 
+def weights_room(plugin: str, limit_bytes: int | None) -> float:
+    """Return the bytes of a GPU that random fp32 weights may fill until the plugin has placed them.
+
+    Gemini builds 16-bit and fp32 chunks beside the parameters: these wait on the host.
+    """
+    return 0.0 if plugin == "gemini" else WEIGHTS_ROOM * (limit_bytes or 0)
+
+
 def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
     """Return one machine's memory: on a CPU the "device" is there too; on a GPU fp32 weights pass through it."""
     offloaded = _states(request).offloaded
     if request.on_cpu:
         return request.processes_per_host * (HOST_PROCESS_BYTES + offloaded + device.total)
     weights = 4 * request.shape.num_params
-    stay = request.random_weights and request.limit_bytes is not None and weights <= WEIGHTS_ROOM * request.limit_bytes
+    stay = request.random_weights and weights <= weights_room(request.plugin, request.limit_bytes)
     loading = 0 if stay else weights
     return request.processes_per_host * (HOST_CUDA_PROCESS_BYTES + max(offloaded, loading))
 

@@ -342,7 +342,7 @@ def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[E
         job.source,
         seed=args.seed,
         device=job.process.device,
-        room_bytes=planner.WEIGHTS_ROOM * (job.choice.plan.limit_bytes or 0),
+        room_bytes=planner.weights_room(args.plugin, job.choice.plan.limit_bytes),
     )
     model.recompute_layers(module, int(args.gradient_checkpointing))
     engine = strategy.Engine(args, job.process, strategy.workload(module, varying_length=not args.packs_text))
