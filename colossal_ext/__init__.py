@@ -10,6 +10,12 @@ gemini_overflow    Gemini, fp16, accumulation: training goes on after an overflo
 gemini_chunks      chunk sizes that shard a model of any size
 opt_policy         tensor and pipeline parallel OPT (custom_policy)
 vocab_parallel     cross entropy over a sharded vocabulary
+local_ddp          TorchDDP on one rank, without its reducer
+local_zero         LowLevelZero on one rank: no buckets, no copies, states on device and host
+host_updates       its Adam on the host, beside the backward pass
+pinned             page-locked memory of exact size, for the weights there
+states             weights and moments of any boosted model as full tensors
+scaler_state       the loss scale of any boosted optimizer
 mixed_precision    autocast, and loss scaling, for TorchDDP (Booster's mixed_precision)
 loss_scale         fp16 gradients are divided by the scale they were multiplied with
 grad_norm          the last gradient norm of any boosted optimizer

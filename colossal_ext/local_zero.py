@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .adam_kernels import AdamTensors, CompileFreeAdam
 from .grad_norm import global_norm
 from .host_updates import HostUpdate, HostUpdates
+from .pinned import pinned_empty
 from .upstream import require_mended_version
 
 # Gradients of device-resident parameters are collected to this many elements before an update in the backward pass.
@@ -76,7 +77,7 @@ class LocalZeroPlugin(LowLevelZeroPlugin):
 
 
 class MasterWeights(dict[nn.Parameter, Tensor]):
-    """Flat fp32 weights by parameter, on the device or on the host. Those that are there already are taken, not copied.
+    """Flat fp32 weights by parameter, on the device or on the host, pinned there where the device is a GPU.
 
     The parameters themselves are then in `dtype` on the device: one at a time, so that neither side holds two models.
 
@@ -88,10 +89,18 @@ class MasterWeights(dict[nn.Parameter, Tensor]):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.on_host = set(offloaded(parameters, offload_frac))
         super().__init__()
+        # One block for all on the host: the device reads it directly, and no size is rounded up.
+        pinned = pinned_empty(sum(parameter.numel() for parameter in self.on_host)) if device.type == "cuda" else None
+        begin = 0
         for parameter in parameters:
             place = torch.device("cpu") if parameter in self.on_host else device
-            self[parameter] = parameter.detach().to(place, torch.float32).contiguous().view(-1)
+            master = parameter.detach().to(place, torch.float32).contiguous().view(-1)
+            if parameter in self.on_host and pinned is not None:
+                end = begin + parameter.numel()
+                begin, master = end, pinned[begin:end].copy_(master)
+            self[parameter] = master
             parameter.data = parameter.data.to(device).to(dtype)
+        self._pinned = pinned
 
 
 def offloaded(parameters: Iterable[nn.Parameter], offload_frac: float) -> Iterator[nn.Parameter]:
@@ -121,7 +130,7 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         self._host: HostUpdates | None = None
         if masters.on_host:
             largest = max(parameter.numel() for parameter in masters.on_host)
-            self._host = HostUpdates(get_accelerator().get_current_device(), self._dtype, largest_numel=largest)
+            self._host = HostUpdates(get_accelerator().get_current_device(), largest_numel=largest)
         self._pending: dict[tuple[int, int], AdamTensors] = defaultdict(AdamTensors.empty)
         self._pending_numel = 0
         if updates_in_backward:

@@ -88,7 +88,7 @@ def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch)
     HostAdam().update(AdamTensors([grad], *([each] for each in expected)), settings)
     states = [master, torch.zeros_like(master), torch.zeros_like(master)]
     working = torch.zeros(len(master), dtype=torch.bfloat16)
-    updates = HostUpdates(torch.device("cpu"), torch.bfloat16, largest_numel=len(master))
+    updates = HostUpdates(torch.device("cpu"), largest_numel=len(master))
     updates.submit(grad, HostUpdate(working, states[0], states[1], states[2], settings))
     updates.finish()
     updates.close()
@@ -97,7 +97,7 @@ def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch)
 
 
 def test_a_failed_update_is_raised_where_it_is_waited_for():
-    updates = HostUpdates(torch.device("cpu"), torch.float32, largest_numel=4)
+    updates = HostUpdates(torch.device("cpu"), largest_numel=4)
     zeros = torch.zeros(4)
     updates.submit(zeros, HostUpdate(zeros, zeros, zeros, zeros, None))
     with pytest.raises(RuntimeError, match="Adam on the host failed"):
