@@ -13,6 +13,8 @@ from benchmarks.equivalence_cases import Case, Strategy
 FP32_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "evaluation": 1e-5, "weights": 1e-4, "perplexity": 1e-6}
 HALF_TOLERANCES = {"loss": 2e-2, "grad_norm": 5e-2, "evaluation": 2e-2, "perplexity": 2e-2}
 
+NOT_RUN = "not run: interrupted"  # a verdict
+
 Found = dict[str, Any]
 T = TypeVar("T")
 
@@ -267,8 +269,11 @@ def _measured(rows: list[Row]) -> list[str]:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    num_wrong = sum(not row.holds for row in rows)
-    return f"{num_wrong} of {len(rows)} differ" if num_wrong else "agrees"
+    num_missing = sum(row.verdict == NOT_RUN for row in rows)
+    num_wrong = sum(not row.holds for row in rows) - num_missing
+    words = [f"{num_wrong} of {len(rows)} differ"] if num_wrong else []
+    words += [f"{num_missing} not run"] if num_missing else []
+    return ", ".join(words) or "agrees"
 
 
 def _closing(rows: Sequence[Row]) -> str:
@@ -276,10 +281,11 @@ def _closing(rows: Sequence[Row]) -> str:
     caught = sum(row.holds for row in faulty)
     others = [row for row in rows if not row.case.fault]
     right = sum(row.holds for row in others)
+    missing = sum(row.verdict == NOT_RUN for row in rows)
     return (
         f"{right} of {len(others)} cases agree with the reference. "
         f"{caught} of {len(faulty)} faults planted on purpose were noticed."
-    )
+    ) + (f" {missing} of all were not run: interrupted." if missing else "")
 
 
 def _worst(rows: Sequence[Row], name: str) -> str:
