@@ -209,15 +209,18 @@ A case is one run of train_clm.py's own functions: its flags, its plugin, its lo
 each epoch, its export. The reference (benchmarks/reference.py) is a plain PyTorch loop in fp32 on one device, which
 has no ranks, no accumulation, no padding in evaluation and no ColossalAI. All start from the same random weights of 4
 layers, width 64, and take 20 steps of 16 rows over 2 epochs; 151 rows of up to 33 bytes, a prime, make the last step
-of each epoch a short one. Dropout is compared where every rank sees the batch of a single process; its masks are then
-the reference's. Under each strategy the cases hold every pair of values of two factors: precision, shape, packed or
-padded rows, accumulation 1 or 4, clipping off or at 0.5, recompute off or on, dropout 0 or 0.1.
+of each epoch a short one. Dropout is compared where every rank sees the batch of a single process (on GPUs in fp32
+alone); its masks are then the reference's. Under each strategy the cases hold every pair of values of two factors:
+precision, shape, packed or padded rows, accumulation 1 or 4, clipping off or at 0.5, recompute off or on, dropout 0
+or 0.1.
 
 `loss` and `norm` are the largest relative difference to the reference over all 20 steps, `evaluation` over both
 epochs' ends, `weights` over all tensors that were exported: largest difference of an element / largest element.
 Tolerances: in fp32 loss, norm and evaluation 1e-5, weights 1e-4, perplexity 1e-6; in bf16 and fp16 loss, evaluation
-and perplexity 2e-2, norm 5e-2, weights not judged. A weight beyond 1e-6 in fp32 is a row of `fc1`: one token's
-activation lies so near zero that rounding decides on which side of the ReLU it falls."""
+and perplexity 2e-2, norm 5e-2, weights not judged. A row beyond one `differs`, followed by each number that is beyond
+its tolerance, Gemini's chunks where they were not shared out, and the steps that fp16 skipped; a case that failed is an
+`error` with its last line, the rest stands at the end of this page. A weight beyond 1e-6 in fp32 is a row of `fc1`: one
+token's activation lies so near zero that rounding decides on which side of the ReLU it falls."""
 
 MEASURED = (
     "cases", "loss fp32", "loss 16-bit", "norm fp32", "norm 16-bit", "evaluation fp32", "evaluation 16-bit",
