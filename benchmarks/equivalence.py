@@ -19,7 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.equivalence_cases import (
@@ -43,6 +46,7 @@ from benchmarks.equivalence_cases import (
     strategies,
 )
 from benchmarks.equivalence_report import (
+    NOT_RUN,
     Circumstances,
     Differences,
     Found,
@@ -62,12 +66,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKEN_OFFSET, VOCAB_SIZE = 4, 512  # a token a byte, above OPT's special ones; the vocabulary divides among ranks
 # A process group that reports nothing for so long is taken for a deadlock; the slowest case takes half a minute.
 SILENCE_S = 150.0
+PROGRESS_S = 15.0  # between two lines that say how many cases have an answer
+# A collective's kernel spins until the other rank's runs too. Of groups that share GPUs without MPS one has the GPU at a
+# time, some 2 ms long, and each GPU takes its own turns: with many groups nearly every turn is spent on spinning.
+MOST_GROUPS_A_GPU = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return 1 where a case differs, else 0."""
+    """Run the command line, and return 1 where a case differs or was not run, else 0."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through `watch`, which ends the ranks
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `run_cases` ends the ranks
     # What torch and the hub read when they are imported, in this process and in the ranks.
     os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     import torch
@@ -77,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cases:
         raise SystemExit(f"--only {args.only}: no case is named like this")
     with tempfile.TemporaryDirectory(prefix="equivalence-") as folder:
-        report = make_report(cases, args.train_file, Path(folder))
+        report = make_report(cases, args.train_file, Path(folder), args.jobs)
     table = args.output if args.output.suffix == ".md" else args.output / "equivalence.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(report.as_markdown(), encoding="utf-8")
@@ -90,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="equivalence.sh", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a slice: each kind of strategy once, two minutes")
     parser.add_argument("--only", default="", metavar="REGEX", help="the cases whose name matches; off: all")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="process groups at a time (default: 1)")
     parser.add_argument("--train_file", type=Path, default=ROOT / "LICENSE", help="text to train on, 7 kB or more")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/equivalence"), help="folder of the tables, or the .md file"
@@ -97,19 +106,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_report(cases: Sequence[Case], text: Path, folder: Path) -> Report:
+def positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError("argparse says it better")
+    return number
+
+
+def make_report(cases: Sequence[Case], text: Path, folder: Path, jobs: int) -> Report:
     """Run the plain loop and the cases, and compare them.
 
     Args:
         folder: takes weights, rows and results.
+        jobs: process groups at a time.
     """
     started = time.monotonic()
     quiet()
     write_weights(folder / "weights")
     write_texts(text, folder)
     plain = {reference: train_reference(reference, folder) for reference in {case.reference: None for case in cases}}
-    found = run_cases(cases, folder)
-    rows = [make_row(case, found[case.name], plain[case.reference], folder) for case in cases]
+    found = run_cases(cases, folder, jobs)
+    rows = [make_row(case, found.get(case.name), plain[case.reference], folder) for case in cases]
     rounding = measure_rounding(folder)
     return Report(circumstances(text, started, rounding), rows)
 
@@ -129,7 +146,7 @@ def circumstances(text: Path, started: float, rounding: Differences) -> Circumst
     import report
 
     num_gpus = torch.cuda.device_count()
-    device = f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus else f"{os.cpu_count()} CPU cores, gloo"
+    device = f"{num_gpus} x {torch.cuda.get_device_name()}, NCCL" if num_gpus else f"{os.cpu_count()} CPU cores, gloo"
     return Circumstances(
         command=shlex.join(["bash", "tests/equivalence.sh", *sys.argv[1:]]),
         date=time.strftime("%Y-%m-%d"),
@@ -255,55 +272,142 @@ def measure_rounding(folder: Path) -> Differences:
 # --- the processes ----------------------------------------------------------------------------------------------------
 
 
-def run_cases(cases: Sequence[Case], folder: Path) -> dict[str, Found]:
-    """Return what each case left, by name: numbers, or an `error`. A process group a world size, if all goes well."""
+@dataclass(frozen=True)
+class Share:
+    """Cases of one world size that process groups work off one after the other.
+
+    Args:
+        number: of the share among those of its world size.
+        environment: of its processes: which GPUs they see.
+    """
+
+    cases: list[Case]
+    number: int
+    environment: dict[str, str]
+
+    @property
+    def world_size(self) -> int:
+        return self.cases[0].strategy.world_size
+
+    @property
+    def name(self) -> str:
+        return f"{self.world_size}-ranks-{self.number}"
+
+
+def deal(cases: Sequence[Case], jobs: int, gpus: Sequence[str]) -> list[Share]:
+    """Return the cases as shares, up to `jobs` a world size, the slowest first: those of many ranks.
+
+    Args:
+        gpus: what CUDA_VISIBLE_DEVICES calls the GPUs; each process group gets one a rank, in turn.
+    """
+    shares = []
+    for world_size in sorted({case.strategy.world_size for case in cases}, reverse=True):
+        own = [case for case in cases if case.strategy.world_size == world_size]
+        limit = jobs
+        if gpus and world_size > 1:
+            limit = min(jobs, MOST_GROUPS_A_GPU * (len(gpus) // world_size))
+        for number in range(min(limit, len(own))):
+            taken = [gpus[(number * world_size + rank) % len(gpus)] for rank in range(world_size)] if gpus else []
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if gpus else {}
+            shares.append(Share(own[number::limit], number, environment))
+    return shares
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls the GPUs that this process sees."""
+    import torch
+
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[: len(numbers)] or numbers
+
+
+def run_cases(cases: Sequence[Case], folder: Path, jobs: int) -> dict[str, Found]:
+    """Return what each case left, by name: numbers, or an `error`; nothing of those that Ctrl-C or SIGTERM cut off.
+
+    Args:
+        jobs: process groups at a time.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(jobs) as pool:
+        shares = [pool.submit(run_share, share, folder, stop) for share in deal(cases, jobs, visible_gpus())]
+        try:
+            while wait(shares, PROGRESS_S, FIRST_EXCEPTION).not_done and not any(map(failed, shares)):
+                print(f"{num_answers(folder)} of {len(cases)} cases", file=sys.stderr, flush=True)
+        except (KeyboardInterrupt, SystemExit):
+            print("interrupted: ending the ranks; the table will lack cases", file=sys.stderr, flush=True)
+        finally:
+            stop.set()
+    return {name: answer for share in shares for name, answer in share.result().items()}
+
+
+def failed(share: Future[dict[str, Found]]) -> bool:
+    return share.done() and share.exception() is not None
+
+
+def num_answers(folder: Path) -> int:
+    """Return how many cases have left an answer so far."""
+    lines = [line for file in folder.glob("groups/*/found.jsonl") for line in file.read_text().splitlines()]
+    return len({json.loads(line)["name"] for line in lines if line.endswith("}")})
+
+
+def run_share(share: Share, folder: Path, stop: Event) -> dict[str, Found]:
+    """Run the cases of a share: in one process group if all goes well, else in another one after each failure."""
     found: dict[str, Found] = {}
-    for world_size in sorted({case.strategy.world_size for case in cases}):
-        left = [case for case in cases if case.strategy.world_size == world_size]
-        while left:
-            found |= run_group(left, world_size, folder)
-            left = [case for case in left if case.name not in found]
-            print(f"{world_size} ranks: {len(left)} cases left", file=sys.stderr, flush=True)
+    left, attempts = share.cases, itertools.count()
+    while left and not stop.is_set():
+        group = folder / "groups" / f"{share.name}-{next(attempts)}"
+        found |= run_group(replace(share, cases=left), folder, group, stop)
+        left = [case for case in left if case.name not in found]
+        if left and not stop.is_set():
+            print(f"{group.name}: a case failed, {len(left)} left for another group", file=sys.stderr, flush=True)
     return found
 
 
-def run_group(cases: Sequence[Case], world_size: int, folder: Path) -> dict[str, Found]:
-    """Run cases one after the other, up to the first that fails or falls silent, which gets an `error`."""
+def run_group(share: Share, folder: Path, group: Path, stop: Event) -> dict[str, Found]:
+    """Run cases one after the other, up to the first that fails or falls silent, which gets an `error`.
+
+    Args:
+        group: the folder of this process group's orders, answers and log.
+    """
     orders = [
         {"name": case.name, "flags": case.flags(folder), "texts": case.reference.texts, "fault": case.fault}
-        for case in cases
+        for case in share.cases
     ]
-    (folder / "orders.json").write_text(json.dumps(orders))
-    results, log = folder / "found.jsonl", folder / "log.txt"
-    results.write_text("")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command += ["-m", "benchmarks.equivalence_worker", str(folder), "orders.json"]
+    group.mkdir(parents=True)
+    (group / "orders.json").write_text(json.dumps(orders))
+    results, log = group / "found.jsonl", group / "log.txt"
+    results.touch()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={share.world_size}"]
+    command += ["-m", "benchmarks.equivalence_worker", str(folder), str(group)]
     with open(log, "w", encoding="utf-8") as output:
-        end = watch(command, results, output)
+        end = watch(command, results, output, share.environment, stop)
     found: dict[str, Found] = {}
     for line in results.read_text().splitlines():
         # The first rank to fail knows why; the others only lost their connection.
         found.setdefault(json.loads(line)["name"], json.loads(line))
-    if len(found) < len(cases) and not any("error" in entry for entry in found.values()):
-        running = cases[len(found)].name
+    nobody_failed = not any("error" in entry for entry in found.values())
+    if len(found) < len(share.cases) and nobody_failed and not stop.is_set():
+        running = share.cases[len(found)].name
         found[running] = {"name": running, "error": f"{log.read_text(errors='replace')[-2000:]}\n{end}"}
     return found
 
 
-def watch(command: list[str], results: Path, output: Any) -> str:
-    """Run a command, and kill it and its ranks when the file `results` has not grown for SILENCE_S.
+def watch(command: list[str], results: Path, output: Any, environment: dict[str, str], stop: Event) -> str:
+    """Run a command, and end it and its ranks at `stop`, or when the file `results` has not grown for SILENCE_S.
 
     Returns:
         How it ended, in words.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
     ) as process:
         try:
             size, since = 0, time.monotonic()
             while process.poll() is None:
-                time.sleep(0.2)
+                if stop.wait(0.2):
+                    return "interrupted"
                 if results.stat().st_size > size:
                     size, since = results.stat().st_size, time.monotonic()
                 elif time.monotonic() - since > SILENCE_S:
@@ -327,8 +431,10 @@ def end_soon(process: subprocess.Popen[bytes]) -> None:
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def make_row(case: Case, found: Found, plain: Trained, folder: Path) -> Row:
-    """Return what a case has come to."""
+def make_row(case: Case, found: Found | None, plain: Trained, folder: Path) -> Row:
+    """Return what a case has come to; None: it was interrupted."""
+    if found is None:
+        return Row(case, Differences(), NOT_RUN)
     if "error" in found:
         return failure(case, found["error"])
     if case.evaluates:

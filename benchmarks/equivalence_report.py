@@ -13,6 +13,8 @@ from benchmarks.equivalence_cases import Case, Strategy
 FP32_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "evaluation": 1e-5, "weights": 1e-4, "perplexity": 1e-6}
 HALF_TOLERANCES = {"loss": 2e-2, "grad_norm": 5e-2, "evaluation": 2e-2, "perplexity": 2e-2}
 
+NOT_RUN = "not run: interrupted"  # a verdict
+
 Found = dict[str, Any]
 T = TypeVar("T")
 
@@ -207,15 +209,18 @@ A case is one run of train_clm.py's own functions: its flags, its plugin, its lo
 each epoch, its export. The reference (benchmarks/reference.py) is a plain PyTorch loop in fp32 on one device, which
 has no ranks, no accumulation, no padding in evaluation and no ColossalAI. All start from the same random weights of 4
 layers, width 64, and take 20 steps of 16 rows over 2 epochs; 151 rows of up to 33 bytes, a prime, make the last step
-of each epoch a short one. Dropout is compared where every rank sees the batch of a single process; its masks are then
-the reference's. Under each strategy the cases hold every pair of values of two factors: precision, shape, packed or
-padded rows, accumulation 1 or 4, clipping off or at 0.5, recompute off or on, dropout 0 or 0.1.
+of each epoch a short one. Dropout is compared where every rank sees the batch of a single process (on GPUs in fp32
+alone); its masks are then the reference's. Under each strategy the cases hold every pair of values of two factors:
+precision, shape, packed or padded rows, accumulation 1 or 4, clipping off or at 0.5, recompute off or on, dropout 0
+or 0.1.
 
 `loss` and `norm` are the largest relative difference to the reference over all 20 steps, `evaluation` over both
 epochs' ends, `weights` over all tensors that were exported: largest difference of an element / largest element.
 Tolerances: in fp32 loss, norm and evaluation 1e-5, weights 1e-4, perplexity 1e-6; in bf16 and fp16 loss, evaluation
-and perplexity 2e-2, norm 5e-2, weights not judged. A weight beyond 1e-6 in fp32 is a row of `fc1`: one token's
-activation lies so near zero that rounding decides on which side of the ReLU it falls."""
+and perplexity 2e-2, norm 5e-2, weights not judged. A row beyond one `differs`, followed by each number that is beyond
+its tolerance, Gemini's chunks where they were not shared out, and the steps that fp16 skipped; a case that failed is an
+`error` with its last line, the rest stands at the end of this page. A weight beyond 1e-6 in fp32 is a row of `fc1`: one
+token's activation lies so near zero that rounding decides on which side of the ReLU it falls."""
 
 MEASURED = (
     "cases", "loss fp32", "loss 16-bit", "norm fp32", "norm 16-bit", "evaluation fp32", "evaluation 16-bit",
@@ -267,8 +272,11 @@ def _measured(rows: list[Row]) -> list[str]:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    num_wrong = sum(not row.holds for row in rows)
-    return f"{num_wrong} of {len(rows)} differ" if num_wrong else "agrees"
+    num_missing = sum(row.verdict == NOT_RUN for row in rows)
+    num_wrong = sum(not row.holds for row in rows) - num_missing
+    words = [f"{num_wrong} of {len(rows)} differ"] if num_wrong else []
+    words += [f"{num_missing} not run"] if num_missing else []
+    return ", ".join(words) or "agrees"
 
 
 def _closing(rows: Sequence[Row]) -> str:
@@ -276,10 +284,11 @@ def _closing(rows: Sequence[Row]) -> str:
     caught = sum(row.holds for row in faulty)
     others = [row for row in rows if not row.case.fault]
     right = sum(row.holds for row in others)
+    missing = sum(row.verdict == NOT_RUN for row in rows)
     return (
         f"{right} of {len(others)} cases agree with the reference. "
         f"{caught} of {len(faulty)} faults planted on purpose were noticed."
-    )
+    ) + (f" {missing} of all were not run: interrupted." if missing else "")
 
 
 def _worst(rows: Sequence[Row], name: str) -> str:

@@ -1,7 +1,7 @@
 """One rank of equivalence.py: runs cases one after the other through train_clm.py's own functions.
 
-Started by torchrun with a folder and the name of a list of cases in it. Rank 0 appends what it found to `found.jsonl`
-there. A rank that fails appends its error and ends, which ends the group: the caller starts another one for the rest.
+Started by torchrun with the folder of weights and rows, and one of its process group's own that holds `orders.json`, a
+list of cases. Rank 0 appends what it found to `found.jsonl` there. A rank that fails appends its error and ends, which ends the group: the caller starts another one for the rest.
 """
 
 from __future__ import annotations
@@ -89,27 +89,27 @@ class Book:
         self.evaluations.append(evaluation.loss)
 
 
-def main(folder: Path, orders_file: str) -> None:
-    """Run the orders of a file, in a process group of its own."""
+def main(folder: Path, group: Path) -> None:
+    """Run the orders of a process group."""
     process = current_runtime()
     if process.on_cpu:
         torch.set_num_threads(1)
     start_process_group(process, timeout_s=COLLECTIVE_TIMEOUT_S)
-    for fields in json.loads((folder / orders_file).read_text()):
+    for fields in json.loads((group / "orders.json").read_text()):
         order = Order(**fields)
         try:
             found = run(order, process, folder)
         except Exception:
-            append(folder, {"name": order.name, "error": traceback.format_exc()})
+            append(group, {"name": order.name, "error": traceback.format_exc()})
             os._exit(1)  # clean-up could wait for ranks that are still in a collective
         if process.is_main:
-            append(folder, found)
+            append(group, found)
     dist.barrier()
     os._exit(0)  # ColossalAI's process groups complain when the interpreter ends
 
 
-def append(folder: Path, found: dict[str, Any]) -> None:
-    with open(folder / "found.jsonl", "a", encoding="utf-8") as file:
+def append(group: Path, found: dict[str, Any]) -> None:
+    with open(group / "found.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(found) + "\n")
 
 
@@ -212,4 +212,4 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

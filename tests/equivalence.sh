@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Trains the same tiny OPT under every plugin and shape, compares each run with a plain PyTorch loop that knows no
-# ColossalAI, and prints and writes one table. Ends with 1 where a case differs from the loop.
+# ColossalAI, and prints and writes one table. Ends with 1 where a case differs from the loop, or was cut off by Ctrl-C
+# or SIGTERM: the table then says so.
 #
 # Hardware: two CPU cores (1, 2 and 4 ranks on gloo); on NVIDIA GPUs as many ranks as there are GPUs, up to 4.
-# Time: about 15 minutes on two cores, with --quick about two.
+# Time: about half an hour on two cores, with --quick about two minutes; --jobs divides it where there are more cores.
 #
 #   bash tests/equivalence.sh                       # the whole matrix
 #   bash tests/equivalence.sh --quick               # each kind of strategy once
 #   bash tests/equivalence.sh --only 'pp-2.*fp32'   # the cases with such a name
+#   bash tests/equivalence.sh --jobs 12             # on GPUs, with 16 cores or more
 #   CUDA_VISIBLE_DEVICES= bash tests/equivalence.sh # on the CPU of a machine with a GPU
 set -euo pipefail
 # shellcheck source=launch.sh
@@ -19,6 +21,8 @@ usage: bash tests/equivalence.sh [flags...]
 
   --quick            a slice: each kind of strategy once
   --only REGEX       the cases whose name matches, as in the table's JSON
+  --jobs N           process groups at a time (default: 1); those of one rank are spread over the GPUs, of those of
+                     several ranks two share a GPU at most. Each rank takes a core
   --train_file FILE  train on this text, a token a byte (default: LICENSE); 7 kB are enough
   --output PATH      a folder, which gets equivalence.md and equivalence.json, or the name of the .md file
                      (default: outputs/equivalence)

@@ -6,11 +6,15 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
@@ -237,7 +241,8 @@ def test_a_process_that_falls_silent_is_ended(tmp_path, monkeypatch):
     results = tmp_path / "found.jsonl"
     results.touch()
     started = time.monotonic()
-    end = equivalence.watch([sys.executable, "-c", "import time; time.sleep(60)"], results, subprocess.DEVNULL)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    end = equivalence.watch(command, results, subprocess.DEVNULL, {}, threading.Event())
     assert end.startswith("deadlock") and time.monotonic() - started < 30
 
 
@@ -246,18 +251,87 @@ def test_a_failing_case_and_a_deadlock_cost_only_their_own_rows(tmp_path, monkey
     cases = [dataclasses.replace(EXACT, accumulation=number) for number in (1, 2, 4, 8)]
     scripts = iter([[{"name": cases[0].name}, {"name": cases[1].name, "error": "E"}], [], [{"name": cases[3].name}]])
 
-    def watch(command: list[str], results: Path, output: object) -> str:
+    def watch(command: list[str], results: Path, *rest: object) -> str:
         results.write_text("".join(json.dumps(line) + "\n" for line in next(scripts)))
         return "deadlock: no answer"
 
     monkeypatch.setattr(equivalence, "watch", watch)
-    found = equivalence.run_cases(cases, tmp_path)
+    found = equivalence.run_cases(cases, tmp_path, jobs=1)
     assert [found[case.name].get("error", "fine").strip() for case in cases] == [
         "fine",
         "E",
         "deadlock: no answer",
         "fine",
     ]
+
+
+def test_two_groups_at_a_time_find_what_one_does(tmp_path):
+    only = ["--only", "^DDP-1-ranks-.*batch"]
+    code, rows, output = run_matrix(tmp_path, *only, "--jobs", "2", timeout_s=120, CUDA_VISIBLE_DEVICES="")
+    assert code == 0 and [row["verdict"] for row in rows.values()] == ["agrees"] * 3, output
+
+
+def test_groups_run_at_the_same_time_each_with_its_own_files(tmp_path, monkeypatch):
+    cases = [dataclasses.replace(EXACT, accumulation=number) for number in (1, 2, 4, 8)]
+    both_run = threading.Barrier(2, timeout=10)
+
+    def watch(command: list[str], results: Path, *rest: object) -> str:
+        both_run.wait()
+        orders = json.loads((Path(command[-1]) / "orders.json").read_text())
+        results.write_text("".join(json.dumps({"name": order["name"]}) + "\n" for order in orders))
+        return ""
+
+    monkeypatch.setattr(equivalence, "watch", watch)
+    assert equivalence.run_cases(cases, tmp_path, jobs=2) == {case.name: {"name": case.name} for case in cases}
+    assert equivalence.num_answers(tmp_path) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_all_groups_and_keeps_what_is_done(tmp_path, monkeypatch, number):
+    """The first of two groups has answered one of its two cases."""
+    cases = [dataclasses.replace(EXACT, accumulation=number) for number in (1, 2, 4, 8)]
+    answer = f'print({json.dumps({"name": cases[0].name})!r}, file=open(sys.argv[1], "a"), flush=True)'
+    sleep, right = "import sys, time; {}; time.sleep(60)", equivalence.watch
+
+    def watch(command: list[str], results: Path, *rest: Any) -> str:
+        program = sleep.format(answer if "ranks-0" in str(results) else "pass")
+        return right([sys.executable, "-c", program, str(results)], results, *rest)
+
+    def interrupt() -> None:
+        while not equivalence.num_answers(tmp_path):
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(equivalence, "watch", watch)
+    monkeypatch.setattr(equivalence, "PROGRESS_S", 0.2)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    threading.Thread(target=interrupt, daemon=True).start()
+    found = equivalence.run_cases(cases, tmp_path, jobs=2)
+    signal.signal(signal.SIGTERM, handler)
+    assert found == {cases[0].name: {"name": cases[0].name}}
+    assert not psutil.Process().children()
+
+
+def test_a_case_that_was_cut_off_says_so_and_does_not_hold():
+    rows = [Row(EXACT, Differences(loss=1e-7), "agrees"), equivalence.make_row(HALF, None, PLAIN, Path())]
+    page = Report(Circumstances("", "2026-11-23", "cpu", {}, None, "", 1.0, Differences()), rows).as_markdown()
+    assert not rows[1].holds and "| 1 not run |" in page and "1 of 2 cases agree" in page
+    assert page.count("not run: interrupted |") == 1 and "1 of all were not run" in page
+
+
+def test_one_rank_groups_are_spread_over_the_gpus_and_larger_ones_take_one_a_rank():
+    cases = [case for case in all_cases() if case.strategy.world_size < 4]
+    shares = equivalence.deal(cases, 5, ["4", "7"])
+    assert [share.world_size for share in shares] == [2, 2, 1, 1, 1, 1, 1]
+    gpus = [share.environment["CUDA_VISIBLE_DEVICES"] for share in shares]
+    assert gpus == ["4,7", "4,7", "4", "7", "4", "7", "4"]
+    assert sorted(case.name for share in shares for case in share.cases) == sorted(case.name for case in cases)
+
+
+def test_on_the_cpu_every_world_size_gets_as_many_groups_as_it_has_cases_for():
+    shares = equivalence.deal([EXACT, HALF, *(case for case in all_cases() if case.strategy.world_size == 4)], 3, [])
+    assert [share.world_size for share in shares] == [4, 4, 4, 2, 2]
+    assert all(share.environment == {} for share in shares)
 
 
 def test_a_text_that_is_too_short_is_said():
