@@ -1,8 +1,8 @@
-"""A picture of one training step: what ran when, on the GPU, on its way to and from the host, and on the host.
+r"""A picture of one training step: what ran when, on the GPU, on its way to and from the host, and on the host.
 
-    python -m benchmarks.timeline --output DIR \\
-      --run "before: --plugin low_level_zero --offload_optim_frac 1 --step_in_backward off" \\
-      --run "after: --plugin low_level_zero --offload_optim_frac 1" \\
+    python -m benchmarks.timeline --output DIR \
+      --run "before: --plugin low_level_zero --offload_optim_frac 1 --step_in_backward off" \
+      --run "after: --plugin low_level_zero --offload_optim_frac 1" \
       -- --model_name_or_path 2.7b --per_device_train_batch_size 16 --gradient_checkpointing on --mem_cap 24
     python -m benchmarks.timeline --draw DIR    # again, from DIR/timeline.json, without a GPU
 
@@ -68,7 +68,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="DIR", help="run, and leave the results here")
-    where.add_argument("--draw", type=Path, metavar="DIR", help="run nothing; draw again what an earlier call left here")
+    where.add_argument(
+        "--draw", type=Path, metavar="DIR", help="run nothing; draw again what an earlier call left here"
+    )
     parser.add_argument(
         "--run", action="append", metavar="'NAME: FLAGS'", help="a run, its name and its flags; again for the next one"
     )
@@ -109,17 +111,20 @@ def timeline_of(run: str, options: argparse.Namespace) -> Timeline | None:
     for old in (trace, facts):
         old.unlink(missing_ok=True)
     reason = start(flags, folder, options)
-    if not facts.exists():
-        log = (folder / "log.txt").read_text()
-        print(f"{name}: {reason}; the end of {folder / 'log.txt'}:\n{log[-1500:]}", file=sys.stderr)
-        return None
     try:
-        return read_run(folder, name, shlex.join(flags))
+        if facts.exists():
+            return read_run(folder, name, shlex.join(flags))
+    except ValueError as error:
+        reason += f", {error}"
     finally:
-        if options.trace:
+        if options.trace and trace.exists():
             trace.replace(options.output / f"{folder.name}.trace.json.gz")
-        else:
-            trace.unlink()
+        trace.unlink(missing_ok=True)
+    print(
+        f"{name}: {reason}; the end of {folder / 'log.txt'}:\n{(folder / 'log.txt').read_text()[-1500:]}",
+        file=sys.stderr,
+    )
+    return None
 
 
 def worker_flags(own: list[str], options: argparse.Namespace, folder: Path) -> list[str]:
@@ -149,10 +154,16 @@ def start(flags: list[str], folder: Path, options: argparse.Namespace) -> str:
 
 
 def read_run(folder: Path, name: str, command: str) -> Timeline:
-    """Return what a worker left, measured."""
+    """Return what a worker left, measured.
+
+    Raises:
+        ValueError: the trace holds no whole step, or no kernel although there is a GPU.
+    """
     facts = json.loads((folder / "run.json").read_text())
     with gzip.open(folder / "trace.json.gz", "rt") as file:
         trace = Trace(json.load(file), facts.pop("main_thread"), facts.pop("host_threads"))
+    if facts["device"] != "CPU" and not trace.on_gpu:
+        raise ValueError("the profiler saw no kernel: is another one using the GPU's counters?")
     return measure(trace, name=name, command=command, **facts)
 
 

@@ -56,9 +56,7 @@ def draw(timelines: Sequence[Timeline], folder: Path) -> None:
 def picture(timelines: Sequence[Timeline]) -> Figure:
     """Return the figure."""
     heights = [len(timeline.lanes) * LANE_IN for timeline in timelines]
-    figure = Figure(
-        figsize=(WIDTH_IN, sum(heights) + len(heights) * BETWEEN_IN + HEAD_IN + 0.25), layout="constrained"
-    )
+    figure = Figure(figsize=(WIDTH_IN, sum(heights) + len(heights) * BETWEEN_IN + HEAD_IN + 0.25), layout="constrained")
     longest = max(timeline.step_ms for timeline in timelines)
     panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)
     for axes, timeline in zip(panels[:, 0], timelines, strict=True):

@@ -143,7 +143,7 @@ class Trace:
         return max(totals, key=lambda stream: totals[stream])
 
     def launch_of(self, span: Span) -> Span | None:
-        return self.launches.get(span.correlation)
+        return None if span.correlation is None else self.launches.get(span.correlation)
 
 
 def _span(event: Mapping[str, Any], origin: float) -> Span:
@@ -338,9 +338,7 @@ def _all_of(kinds: Mapping[str, list[Interval]]) -> list[Interval]:
     return [interval for intervals in kinds.values() for interval in intervals]
 
 
-def joined(
-    intervals: Sequence[tuple[float, float, str]], length: float, limit: int
-) -> list[tuple[float, float, str]]:
+def joined(intervals: Sequence[tuple[float, float, str]], length: float, limit: int) -> list[tuple[float, float, str]]:
     """Return at most about `limit` intervals: neighbours of a kind are joined, the nearest first.
 
     Gaps up to 1/500 of the length are closed; where kinds take turns more often than `limit`, more remain.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -87,7 +88,7 @@ class Recording:
 
     def _facts(self) -> dict[str, Any]:
         starts = self._starts[NUM_FIRST : self._warm_up + 1]
-        times = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        times = [end - start for start, end in pairwise(starts)]
         return {
             "device": torch.cuda.get_device_name() if self._on_gpu else "CPU",
             "date": time.strftime("%Y-%m-%d"),
