@@ -12,6 +12,7 @@ from typing import Any
 
 from args import TrainArgs, pipeline_microbatches, problems
 from opt_sizes import OPTShape
+from speed import StepTime, Work, step_time
 
 GIB = 2**30
 
@@ -48,8 +49,17 @@ SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
 
 # The flags that `auto` can decide and that advice has to name.
-AUTO_FLAGS = ("plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward")
+AUTO_FLAGS = (
+    "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
+# What is known less well has to promise more. States go to the host only where all else is expected to take this much
+# longer; how far its work hides behind the GPU's is a model's word.
+OFFLOAD_HANDICAP = 1.05
+# The same for a batch cut into smaller micro-batches: gradients are then summed in their own 16 bits, but for
+# torch_ddp, and the time of small micro-batches is an estimate.
+SPLIT_HANDICAP = 1.1
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class PlanRequest:
     Args:
         batch_size: rows of one micro-batch of a replica (the GPUs that hold one copy of the model).
         num_microbatches: pieces the pipeline cuts it into.
-        accumulates: whether a step has several micro-batches.
+        accumulation_steps: micro-batches a step.
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
         compiled: whether the whole model, loss included, is one compiled graph.
@@ -138,7 +148,7 @@ class PlanRequest:
     tp: int = 1
     pp: int = 1
     num_microbatches: int = 1
-    accumulates: bool = False
+    accumulation_steps: int = 1
     checkpointed_layers: int = 0
     offload_optim_frac: float = 0.0
     offload_param_frac: float = 0.0
@@ -154,6 +164,11 @@ class PlanRequest:
     @property
     def on_cpu(self) -> bool:
         return self.gpu_gib is None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients stay from one micro-batch to the next."""
+        return self.accumulation_steps > 1
 
     @property
     def autocast(self) -> bool:
@@ -191,7 +206,7 @@ class DeviceBytes:
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(vars(self).values())  # asdict copies each number: two thirds of a plan's time
 
 
 @dataclass(frozen=True)
@@ -536,8 +551,10 @@ class Choice:
 
     Args:
         precision: bf16, fp16 or fp32.
+        per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         reason: one line: what was chosen and why.
         fits: False where no setting is predicted to fit; the smallest is then chosen.
+        step_time: expected, for comparing only (speed.py).
     """
 
     plugin: str
@@ -546,8 +563,11 @@ class Choice:
     offload_optim_frac: float
     offload_param_frac: float
     step_in_backward: bool
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
     reason: str
     plan: Plan
+    step_time: StepTime
 
     @property
     def fits(self) -> bool:
@@ -565,11 +585,11 @@ def resolve_auto(
     has_bf16: bool = True,
     dropout: bool = True,
 ) -> Choice:
-    """Return the first setting, in order of expected speed, that is predicted to fit; flags that are given stand.
+    """Return the setting that is expected to be fastest of those predicted to fit; flags that are given stand.
 
-    The order on several GPUs: torch_ddp, low_level_zero, gemini, gemini with ever more offload; on one GPU:
-    low_level_zero, torch_ddp, low_level_zero updated in the backward pass and with ever more offload, gemini with all
-    offloaded. Each without recompute, then with as few recomputed layers as do. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
+    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass and, with
+    `--plugin auto`, micro-batches that keep the global batch. Of equally fast settings the simplest is taken. On a CPU
+    without a cap nothing limits the "device": torch_ddp without recompute.
 
     Args:
         gpu_gib: memory of one GPU; None on a CPU.
@@ -578,18 +598,93 @@ def resolve_auto(
         has_bf16: whether the GPU has bf16 arithmetic.
         dropout: whether the model drops activations out.
     """
-    tried = []
-    for request in _requests(args, shape, world_size, gpu_gib, has_bf16):
-        on_host = replace(
-            request, host_gib=host_gib, processes_per_host=processes_per_host or world_size, dropout=dropout
-        )
-        for setting in _with_recompute(args, on_host):
-            predicted = plan(setting)
-            if predicted.fits:
-                return _choice(args, setting, predicted)
-            tried.append((predicted, setting))
-    predicted, setting = min(tried, key=lambda pair: pair[0].excess)
-    return _choice(args, setting, predicted)
+    on_host: dict[str, Any] = {
+        "host_gib": host_gib,
+        "processes_per_host": processes_per_host or world_size,
+        "dropout": dropout,
+    }
+    best: _Candidate | None = None
+    for micro_batches in _splits(args, gpu_gib):
+        for request in _requests(_split(args, micro_batches), shape, world_size, gpu_gib, has_bf16):
+            full = replace(request, **on_host)
+            least = _Candidate.of(full, is_split=micro_batches > 1)  # recompute only adds to its cost
+            if best and best.plan.fits and least.cost >= best.cost:
+                continue
+            for setting in _with_recompute(args, full, least.plan):
+                candidate = _Candidate.of(setting, is_split=micro_batches > 1)
+                best = min(best or candidate, candidate, key=_Candidate.rank)
+    assert best, "there is always a setting"
+    return _choice(args, best)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A setting that `auto` looks at.
+
+    Args:
+        is_split: whether the batch that was asked for is cut into micro-batches.
+    """
+
+    request: PlanRequest
+    plan: Plan
+    step_time: StepTime
+    is_split: bool
+
+    @classmethod
+    def of(cls, request: PlanRequest, *, is_split: bool) -> _Candidate:
+        """Return the setting with its predictions."""
+        return cls(request, plan(request), step_time(work(request)), is_split)
+
+    def rank(self) -> tuple[bool, float]:
+        """Return what the best has least of: those that fit by their cost, then the others by what they lack."""
+        return not self.plan.fits, self.cost if self.plan.fits else self.plan.excess
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a step, raised by the handicaps."""
+        split = SPLIT_HANDICAP if self.is_split else 1.0
+        return self.step_time.total * split * (OFFLOAD_HANDICAP if self.request.offload_optim_frac else 1.0)
+
+
+def work(request: PlanRequest) -> Work:
+    """Return what a step of this setting asks of GPU and host."""
+    replica = request.tp * request.pp
+    shared = request.dp_size if request.plugin in ("gemini", "low_level_zero") or request.zero_stage else 1
+    states = stage_params(request) / shared
+    on_host = request.offload_optim_frac * states
+    return Work(
+        shape=request.shape,
+        plugin=request.plugin,
+        at_best=request.world_size == 1 and request.precision == "bf16" and not request.on_cpu,
+        tokens=request.batch_size * request.block_size * request.accumulation_steps,
+        seq_len=request.block_size,
+        micro_batches=request.accumulation_steps,
+        num_params=stage_params(request),
+        recomputed_layers=request.checkpointed_layers,
+        gpu_states=states - on_host,
+        host_states=on_host * request.processes_per_host,
+        host_parameters=request.offload_param_frac * states,
+        step_in_backward=request.step_in_backward,
+        replica_size=replica,
+        bubble=(request.pp - 1) / request.num_microbatches,
+    )
+
+
+def _splits(args: TrainArgs, gpu_gib: float | None) -> list[int]:
+    """Return the numbers of micro-batches that the batch of one GPU may be cut into, 1 first."""
+    if args.plugin != "auto" or (gpu_gib is None and not args.mem_cap):
+        return [1]
+    rows = args.per_device_train_batch_size
+    return [number for number in range(1, rows + 1) if rows % number == 0]
+
+
+def _split(args: TrainArgs, micro_batches: int) -> TrainArgs:
+    """Return the settings with each micro-batch cut into as many; the rows of a step stay."""
+    return replace(
+        args,
+        per_device_train_batch_size=args.per_device_train_batch_size // micro_batches,
+        gradient_accumulation_steps=args.gradient_accumulation_steps * micro_batches,
+    )
 
 
 @dataclass(frozen=True)
@@ -605,7 +700,7 @@ class _Setting:
 def _requests(
     args: TrainArgs, shape: ModelShape, world_size: int, gpu_gib: float | None, has_bf16: bool
 ) -> Iterator[PlanRequest]:
-    """Yield the settings that the flags leave open, fastest first, without recompute."""
+    """Yield the settings that the flags leave open, simplest first, without recompute."""
     for setting in _settings(args, world_size, on_cpu=gpu_gib is None, has_bf16=has_bf16):
         named = replace(args, plugin=setting.plugin)
         precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
@@ -622,7 +717,7 @@ def _requests(
             tp=args.tp,
             pp=args.pp,
             num_microbatches=pipeline_microbatches(args) if is_pipeline else 1,
-            accumulates=args.gradient_accumulation_steps > 1,
+            accumulation_steps=args.gradient_accumulation_steps,
             offload_optim_frac=setting.offload_optim_frac,
             offload_param_frac=setting.offload_param_frac,
             step_in_backward=setting.step_in_backward,
@@ -634,10 +729,7 @@ def _requests(
 
 
 def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool) -> Iterator[_Setting]:
-    """Yield what the flags leave open, fastest first.
-
-    On one GPU with bf16 low_level_zero leads: its 16-bit weights need no casts and less memory (README, results).
-    """
+    """Yield what the flags leave open; of equally fast settings the first is taken."""
     can_step = _can_step_in_backward(args, world_size)
     if args.plugin != "auto":
         on = {"on": True, "off": False, "auto": can_step and args.offload_optim_frac > 0}[args.step_in_backward]
@@ -689,20 +781,32 @@ def _compiled(args: TrainArgs, *, on_cpu: bool) -> bool:
     return args.compile == "on" or (args.compile == "auto" and not on_cpu)
 
 
-def _with_recompute(args: TrainArgs, request: PlanRequest) -> Iterator[PlanRequest]:
-    """Yield the request with the layers that the flag says; for auto with none, then with the fewest that fit."""
+def _with_recompute(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Iterator[PlanRequest]:
+    """Yield the request with the layers that the flag says; for auto with none, or else with the fewest that fit.
+
+    Args:
+        predicted: the request's plan.
+    """
     num_layers = request.shape.num_layers
     if args.gradient_checkpointing != "auto":
         yield replace(request, checkpointed_layers=_fixed_layers(args.gradient_checkpointing, num_layers))
         return
-    yield request
     everything = replace(request, checkpointed_layers=num_layers)
-    if request.limit_bytes is None:
-        return
-    if plan(everything).fits:
-        choices = (replace(request, checkpointed_layers=layers) for layers in range(1, num_layers))
-        yield next((choice for choice in choices if plan(choice).fits), everything)
-    yield everything
+    if request.limit_bytes is None or predicted.fits:
+        yield request
+    elif not plan(everything).fits:
+        yield min(request, everything, key=lambda each: plan(each).excess)
+    else:
+        yield replace(request, checkpointed_layers=_fewest_layers(request))
+
+
+def _fewest_layers(request: PlanRequest) -> int:
+    """Return the fewest recomputed layers that fit, where none is too few and all are enough."""
+    few, many = 0, request.shape.num_layers
+    while many - few > 1:
+        layers = (few + many) // 2
+        few, many = (few, layers) if plan(replace(request, checkpointed_layers=layers)).fits else (layers, many)
+    return many
 
 
 def _fixed_layers(gradient_checkpointing: str, num_layers: int) -> int:
@@ -712,7 +816,8 @@ def _fixed_layers(gradient_checkpointing: str, num_layers: int) -> int:
     return min(layers, num_layers)
 
 
-def _choice(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Choice:
+def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
+    request = chosen.request
     what = [request.plugin, request.precision]
     if request.offload_optim_frac:
         what.append(f"{request.offload_optim_frac:.0%} of optimizer states on the host")
@@ -721,8 +826,11 @@ def _choice(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Choice:
     if request.step_in_backward:
         what.append("updated in the backward pass")
     what.append(_recompute_text(request))
+    rows = request.batch_size // args.replica_size
+    if chosen.is_split:
+        what.append(f"batch cut into {args.per_device_train_batch_size // rows} micro-batches of {rows}")
     kind = "the fastest predicted to fit" if args.plugin == "auto" else "as asked"
-    if not predicted.fits:
+    if not chosen.plan.fits:
         kind = "predicted NOT to fit; nothing smaller is left to choose"
     return Choice(
         plugin=request.plugin,
@@ -731,8 +839,11 @@ def _choice(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Choice:
         offload_optim_frac=request.offload_optim_frac,
         offload_param_frac=request.offload_param_frac,
         step_in_backward=request.step_in_backward,
-        reason=f"{', '.join(what)}: {kind}; {predicted.describe()}",
-        plan=predicted,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=request.accumulation_steps,
+        reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
+        plan=chosen.plan,
+        step_time=chosen.step_time,
     )
 
 
@@ -770,10 +881,14 @@ class Alternative:
 
     Args:
         flags: what to add to the command for it.
+        relative_speed: expected, over that of the choice.
+        why: what stops it, or what its time is expected to go into.
     """
 
     flags: str
     plan: Plan
+    relative_speed: float
+    why: str
 
 
 def alternatives(
@@ -783,9 +898,14 @@ def alternatives(
     gpu_gib: float | None,
     host_gib: float | None,
     *,
+    choice: Choice,
     dropout: bool = True,
 ) -> list[Alternative]:
-    """Return every plugin's main settings, each without and with recompute, for the batch and length of `args`."""
+    """Return every plugin's main settings, each without and with recompute, for the batch and length of `args`.
+
+    Args:
+        choice: what `auto` takes, to which speeds are compared.
+    """
     num_gpus, found = 0 if gpu_gib is None else world_size, []
     for changes in MAIN_SETTINGS:
         if changes.get("zero_stage") == 2 and world_size == 1:
@@ -795,29 +915,45 @@ def alternatives(
             setting = replace(args, **changed)
             if problems(setting, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
                 continue
-            predicted = resolve_auto(setting, shape, world_size, gpu_gib, host_gib, dropout=dropout).plan
-            found.append(Alternative(_flags(changed), predicted))
+            other = resolve_auto(setting, shape, world_size, gpu_gib, host_gib, dropout=dropout)
+            speed = choice.step_time.total / other.step_time.total
+            found.append(Alternative(_flags(changed), other.plan, speed, _why(other)))
     return found
 
 
+def _why(choice: Choice) -> str:
+    plan = choice.plan
+    pairs = (("device", plan.total_bytes, plan.limit_bytes), ("host", plan.host_bytes, plan.host_limit_bytes))
+    over = [
+        f"{used / limit:.0%} of the {where}'s memory"
+        for where, used, limit in pairs
+        if limit and used > (1 - FIT_MARGIN) * limit
+    ]
+    return " and ".join(over) or choice.step_time.describe()
+
+
 def table(choice: Choice, others: list[Alternative]) -> str:
-    """Return the choice and the alternatives as text: GiB of one device by category, and of the host."""
+    """Return the choice and the alternatives as text: GiB of one device by category, and of the host; speed and why."""
     names = {
         "parameters": "param", "gradients": "grad", "master_weights": "master", "optimizer_moments": "moments",
         "activations": "activ", "logits": "logits", "communication_buffers": "comm", "framework": "frame",
     }  # fmt: skip
-    lines = ["  ".join([*(f"{short:>7}" for short in names.values()), "  total", "   host", "fits", "flags"])]
+    lines = ["  ".join([*(f"{short:>7}" for short in names.values()), "  total", "   host", "fits", "speed", "flags"])]
     for other in others:
         parts = asdict(other.plan.device_bytes)
         numbers = [*(parts[name] for name in names), other.plan.total_bytes, other.plan.host_bytes]
         cells = [f"{value / GIB:7.2f}" for value in numbers]
-        lines.append("  ".join([*cells, " yes" if other.plan.fits else "  no", other.flags]))
+        fits, speed = " yes" if other.plan.fits else "  no", f"{other.relative_speed:5.2f}"
+        lines.append("  ".join([*cells, fits, speed, f"{other.flags} ({other.why})"]))
     limits = [
         f"{what} {limit / GIB:.1f} GiB"
         for what, limit in (("device", choice.plan.limit_bytes), ("host", choice.plan.host_limit_bytes))
         if limit
     ]
-    head = f"GiB a device at the moment that needs most, and of the host; limits: {', '.join(limits) or 'none'}"
+    head = (
+        "GiB a device at the moment that needs most, and of the host; speed as expected, over that of the choice; "
+        f"limits: {', '.join(limits) or 'none'}"
+    )
     return "\n".join([head, *lines, f"chosen: {choice.reason}"])
 
 

@@ -60,7 +60,8 @@ def print_plan(args: TrainArgs) -> int:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
     where = (args, shape, world_size, gpu_gib, hardware.host_memory_gib())
-    choice, others = planner.resolve_auto(*where, dropout=dropout), planner.alternatives(*where, dropout=dropout)
+    choice = planner.resolve_auto(*where, dropout=dropout)
+    others = planner.alternatives(*where, choice=choice, dropout=dropout)
     print(planner.table(choice, others))
     if args.output_dir:
         folder = Path(args.output_dir)
@@ -243,6 +244,8 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         offload_optim_frac=choice.offload_optim_frac,
         offload_param_frac=choice.offload_param_frac,
         step_in_backward="on" if choice.step_in_backward else "off",
+        per_device_train_batch_size=choice.per_device_train_batch_size,
+        gradient_accumulation_steps=choice.gradient_accumulation_steps,
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))

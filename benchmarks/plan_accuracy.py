@@ -1,10 +1,15 @@
 """The planner's predicted peak beside the measured one, over sizes, plugins, batches, lengths, recompute and offload.
 
     python -m benchmarks.plan_accuracy                      # the grid, on one GPU: about 6 minutes
-    python -m benchmarks.plan_accuracy --output DIR         # plan_accuracy.md and .json there
+    python -m benchmarks.plan_accuracy --jobs 8             # as many cells at once as fit on the GPUs and the host
+    python -m benchmarks.plan_accuracy --only '^125m'       # cells whose line matches
+    python -m benchmarks.plan_accuracy --output DIR         # plan_accuracy.md and .json there, after each cell
     python -m benchmarks.plan_accuracy --again FILE.json    # today's planner against the peaks measured then
 
-Libraries are imported once; each cell is a process forked from there, a few steps of train_clm.py long.
+Libraries are imported once; each cell is a process forked from there, a few steps of train_clm.py long. Cells side by
+side do not disturb each other's peaks, only their speed, which is not looked at. What lies beside a process's allocator
+is read from the card, though, where the neighbours' memory would count: with --jobs the smallest cell runs alone first,
+and its figure stands for all.
 """
 
 from __future__ import annotations
@@ -15,23 +20,29 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import hardware  # noqa: E402
 import planner  # noqa: E402
 from args import TrainArgs, parse_args  # noqa: E402
+from benchmarks.packing import Need, Room  # noqa: E402
 from opt_sizes import OPT_SHAPES  # noqa: E402
 
 STEPS = 3
-LIMIT_S = 90
+MAX_JOBS = 8
 GRID = """
 125m low_level_zero 32 1024
 125m torch_ddp 32 512
@@ -73,27 +84,55 @@ def command_of(line: str) -> list[str]:
     ]
 
 
-def run_cell(line: str, folder: Path) -> dict[str, Any]:
-    """Train in a forked process and return its result.json, or why there is none."""
-    child = multiprocessing.get_context("fork").Process(target=_train, args=(command_of(line), folder))
-    child.start()
-    child.join(LIMIT_S)
-    if child.is_alive():
-        child.kill()
-        child.join()
-        return {"line": line, "status": "timeout"}
-    path = folder / "result.json"
-    if not path.exists():
-        return {"line": line, "status": f"exit {child.exitcode}"}
-    return {"line": line, **json.loads(path.read_text())}
+@dataclass
+class Running:
+    """A cell in a process forked from this one.
+
+    Args:
+        gpu: its GPU's number among those of the machine; 0 on a CPU.
+    """
+
+    line: str
+    folder: Path
+    gpu: int
+    need: Need
+    process: BaseProcess
+    end: float
+
+    @classmethod
+    def start(cls, line: str, folder: Path, gpu: int, uuid: str | None, need: Need, *, limit_s: float) -> Running:
+        """Fork, and train on the GPU with this `uuid`."""
+        process = multiprocessing.get_context("fork").Process(target=_train, args=(command_of(line), folder, uuid))
+        process.start()
+        return cls(line, folder, gpu, need, process, time.monotonic() + limit_s)
+
+    def result(self) -> dict[str, Any] | None:
+        """Return result.json, or why there is none; None while the process runs and has time."""
+        if self.process.is_alive() and time.monotonic() < self.end:
+            return None
+        if self.process.is_alive():
+            self.kill()
+            return {"line": self.line, "status": "timeout"}
+        self.process.join()
+        path = self.folder / "result.json"
+        if not path.exists():
+            return {"line": self.line, "status": f"exit {self.process.exitcode}"}
+        return {"line": self.line, **json.loads(path.read_text())}
+
+    def kill(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.join()
 
 
-def _train(arguments: list[str], folder: Path) -> None:
+def _train(arguments: list[str], folder: Path, uuid: str | None) -> None:
+    if uuid:  # before CUDA is initialised, which the parent never does
+        os.environ["CUDA_VISIBLE_DEVICES"] = uuid
     import runtime
     import train_clm
 
-    process = runtime.current_runtime()
     with open(folder.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        process = runtime.current_runtime()
         runtime.start_logging(process)
         code = train_clm.run(parse_args([*arguments, "--output_dir", str(folder)]), process)
     os._exit(code)
@@ -104,15 +143,24 @@ def predicted(result: dict[str, Any]) -> planner.Plan:
     names = {spec.name for spec in fields(TrainArgs)}
     known = {name: value for name, value in result["args"].items() if name in names}
     args = TrainArgs(**known | {"prompt": ()})
-    size = result["model"]["name"]
-    return planner.resolve_auto(
-        args,
-        planner.model_shape(OPT_SHAPES[size]),
-        world_size=result["device"]["count"],
-        gpu_gib=result["device"]["memory_gib"],
-        host_gib=None,
-        dropout=OPT_SHAPES[size].dropout > 0,
-    ).plan
+    return plan_of(args, result["model"]["name"], result["device"]["memory_gib"], result["device"]["count"])
+
+
+def plan_of(args: TrainArgs, size: str, gpu_gib: float | None, world_size: int = 1) -> planner.Plan:
+    """Return the plan of a run with nothing to choose."""
+    shape = OPT_SHAPES[size]
+    found = planner.resolve_auto(
+        args, planner.model_shape(shape), world_size, gpu_gib, host_gib=None, dropout=shape.dropout > 0
+    )
+    return found.plan
+
+
+def need_of(line: str, gpu_gib: float | None) -> Need:
+    """Return what a cell is predicted to take."""
+    args = parse_args(command_of(line))
+    assert args.model_size, f"{line}: no size of the OPT table"
+    plan = plan_of(args, args.model_size, gpu_gib)
+    return Need(plan.total_bytes / planner.GIB if gpu_gib else 0.0, plan.host_bytes / planner.GIB)
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:
@@ -170,25 +218,104 @@ def _cells(found: dict[str, Any], where: str) -> list[str]:
     ]
 
 
-def measure(lines: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Run every cell until the time is up, and print each as it ends."""
-    import runtime
+@dataclass(frozen=True)
+class Cells:
+    """Where and how long cells may run.
 
+    Args:
+        seconds: no cell is started after this time.
+        limit_s: of one cell.
+        folder: of the runs' outputs.
+    """
+
+    gpus: Sequence[hardware.Gpu]
+    jobs: int
+    seconds: float
+    limit_s: float
+    folder: Path
+
+    def run(self, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield each cell's result as it ends; with several jobs the smallest runs alone first, then large before small."""
+        started, running = time.monotonic(), list[Running]()
+        needs = {line: need_of(line, self.gpus[0].memory_gib if self.gpus else None) for line in lines}
+        waiting = sorted(lines, key=lambda line: -needs[line].gpu_gib - needs[line].host_gib)
+        if self.jobs == 1:
+            waiting = list(lines)
+        elif self.gpus:
+            waiting.insert(0, waiting.pop())
+        is_first = True
+        try:
+            while waiting or running:
+                if time.monotonic() - started > self.seconds:
+                    yield from ({"line": line, "status": "no time left"} for line in waiting)
+                    waiting = []
+                running += self._start(waiting, needs, running, 1 if is_first and self.gpus else self.jobs)
+                wait([each.process.sentinel for each in running], timeout=0.5)
+                for each in list(running):
+                    if (result := each.result()) is not None:
+                        running.remove(each)
+                        is_first = False
+                        yield result
+        finally:
+            for each in running:
+                each.kill()
+
+    def _start(
+        self, waiting: list[str], needs: dict[str, Need], running: Sequence[Running], jobs: int
+    ) -> list[Running]:
+        """Start what fits, and take it out of `waiting`."""
+        room = Room(tuple(gpu.memory_gib or 0.0 for gpu in self.gpus), hardware.host_memory_gib())
+        new: list[Running] = []
+        for line in list(waiting):
+            there = [(each.gpu, each.need) for each in (*running, *new)]
+            gpu = room.place(needs[line], there) if len(there) < jobs else None
+            if gpu is not None:
+                waiting.remove(line)
+                folder = self.folder / _slug(line)
+                uuid = self.gpus[gpu].uuid if self.gpus else None
+                new.append(Running.start(line, folder, gpu, uuid, needs[line], limit_s=self.limit_s))
+        return new
+
+
+def measure(lines: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield every cell's result, and print each as it ends."""
+    _share_cores(options.jobs)
+    with contextlib.redirect_stderr(io.StringIO()):
+        import runtime
+
+        _import_what_can_be_forked(runtime)
+    outside_gib = None
+    with tempfile.TemporaryDirectory() as folder:
+        cells = Cells(hardware.visible_gpus(), options.jobs, options.seconds, options.limit_seconds, Path(folder))
+        for result in cells.run(lines):
+            if result["status"] == "ok" and options.jobs > 1 and result["memory"]["outside_gib"] is not None:
+                outside_gib = result["memory"]["outside_gib"] if outside_gib is None else outside_gib
+                result["memory"]["outside_gib"] = outside_gib
+            print(table([row(result)]).splitlines()[2], flush=True)
+            if result["status"].startswith(("exit", "timeout")):
+                print(_log_of(result["line"], Path(folder))[-600:], flush=True)
+            yield result
+
+
+def _slug(line: str) -> str:
+    return re.sub(r"\W+", "_", line)
+
+
+def _log_of(line: str, folder: Path) -> str:
+    path = folder / f"{_slug(line)}.log"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _share_cores(jobs: int) -> None:
+    """Set the environment that libraries read at their import."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with contextlib.redirect_stderr(io.StringIO()):
-        _import_what_can_be_forked(runtime)
-    results, started = [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        for number, line in enumerate(lines):
-            if time.monotonic() - started > seconds:
-                results.append({"line": line, "status": "no time left"})
-                continue
-            results.append(run_cell(line, Path(folder) / str(number)))
-            print(table([row(results[-1])]).splitlines()[2], flush=True)
-            if results[-1]["status"] != "ok":
-                print((Path(folder) / f"{number}.log").read_text()[-600:], flush=True)
-    return results
+    # Asked in CUDA's own way how many GPUs there are, a process cannot be forked any more.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if jobs > 1:
+        cores = max(1, (os.cpu_count() or 1) // jobs)
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
 
 
 def _import_what_can_be_forked(runtime: Any) -> None:
@@ -215,19 +342,32 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=Path, help="file of lines `size plugin batch length flags` (default: the built-in grid)"
     )
+    parser.add_argument("--only", metavar="REGEX", type=re.compile, help="cells whose line it is found in; off: all")
+    parser.add_argument(
+        "--jobs", type=int, default=1, choices=range(1, MAX_JOBS + 1), help="cells side by side at most (default: 1)"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further cell after this time")
+    parser.add_argument("--limit-seconds", type=float, default=180, help="seconds a cell may take (default: 180)")
     options = parser.parse_args()
     if options.again:
         results = json.loads(options.again.read_text())
+        write(results, options.output)
     else:
         text = options.grid.read_text() if options.grid else GRID
-        results = measure([line for line in text.strip().splitlines() if line], options.seconds)
-    text = table([row(result) for result in results])
-    print(text)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "plan_accuracy.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.output / "plan_accuracy.md").write_text(text + "\n")
+        lines = [line for line in text.strip().splitlines() if line and (not options.only or options.only.search(line))]
+        results = []
+        for result in measure(lines, options):
+            results = sorted([*results, result], key=lambda each: lines.index(each["line"]))
+            write(results, options.output)
+    print(table([row(result) for result in results]))
+
+
+def write(results: list[dict[str, Any]], folder: Path | None) -> None:
+    """Write plan_accuracy.md and plan_accuracy.json to the folder, if there is one."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan_accuracy.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "plan_accuracy.md").write_text(table([row(result) for result in results]) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ ALLOWED = {
     "args": {"opt_sizes"},
     "report": {"benchmarks"},  # when it is run itself, to compare two sweeps
     "hardware": set(),
-    "planner": {"args", "opt_sizes"},
+    "speed": {"report"},
+    "planner": {"args", "opt_sizes", "speed"},
 }
 LOW = ("planner", "strategy", "model", "data", "checkpoint")
-TORCH_FREE = ("args", "opt_sizes", "report", "planner", "hardware", "benchmarks.sweep", "benchmarks.compare")
+TORCH_FREE = ("args", "opt_sizes", "report", "speed", "planner", "hardware", "benchmarks.sweep", "benchmarks.compare")
 
 
 def imports_of(path: Path) -> set[str]:

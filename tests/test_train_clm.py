@@ -51,6 +51,23 @@ def test_every_strategy_on_two_ranks_trains_and_exports_the_model_of_one_process
     assert exported_loss(run) == pytest.approx(run.result["eval"]["loss"], rel=tolerance)
 
 
+def test_a_batch_that_auto_cuts_under_a_cap_trains_like_the_whole(tmp_path, run_many):
+    job = "--per_device_train_batch_size 8 --dropout 0 --gradient_checkpointing off --eval_strategy no".split()
+    flags = {"whole": [], "ddp": ["--mem_cap", "0.16"], "zero": ["--mem_cap", "0.13"]}
+    runs = run_many(tmp_path, {name: [*job, *own] for name, own in flags.items()}, world=1)
+    for name, plugin in (("ddp", "torch_ddp"), ("zero", "low_level_zero")):
+        args = runs[name].result["args"]
+        assert (args["plugin"], args["per_device_train_batch_size"], args["gradient_accumulation_steps"]) == (
+            plugin,
+            4,
+            2,
+        )
+        assert "batch cut into 2 micro-batches of 4" in runs[name].output
+        assert runs[name].losses == pytest.approx(runs["whole"].losses, rel=1e-5)
+    assert runs["whole"].result["args"]["gradient_accumulation_steps"] == 1
+    assert runs["whole"].losses[-1] < runs["whole"].losses[0]
+
+
 def exported_loss(run):
     """Evaluate final/ in plain transformers on the run's own evaluation rows."""
     model = AutoModelForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float32).eval()

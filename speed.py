@@ -1,0 +1,120 @@
+"""Expected time of a step, good enough to put settings in order; no torch import.
+
+The seconds are those of one H200 with 16 host cores; on other machines only their ratios between settings of one model
+mean something, and less where the host is slower or faster beside its GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from report import MatrixShape, token_flops
+
+# 1.3b, batch 8 x 1024, low_level_zero: 48 % of the H200's dense 989 TFLOP/s (README, results).
+GPU_FLOPS = 475e12
+# Tokens/s of 125m, batch 32 x 1024, on one H200, each over low_level_zero's 433,778 (README, results). Gemini is not
+# compiled and pays most for its hooks at this size: for larger models it is underrated.
+PLUGIN_SPEED = {
+    "low_level_zero": 1.0,
+    "torch_ddp": 0.977,
+    "torch_ddp_fp16": 0.841,
+    "hybrid_parallel": 0.742,
+    "gemini": 0.523,
+}
+# low_level_zero by ColossalAI's own step (several ranks), in fp16 or fp32, or on a CPU. Estimate.
+OTHER_ZERO_SPEED = 0.8
+# Updating in the backward pass, the host waits for the loss before it may launch that pass. Estimate.
+BACKWARD_STEP_SPEED = 0.97
+# 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
+GPU_ADAM_S = 1e-11
+# Adam on 16 host cores, seconds a parameter, with its gradient and weight on their way over PCIe: what 2.7b with all states
+# on the host, 1,223 ms a step (README, memory), leaves of the host beside an H200.
+HOST_ADAM_S = 3.7e-10
+# A parameter kept on the host comes to the GPU for forward and backward: 2 x 2 bytes at 54 GB/s, and its gradient goes.
+HOST_PARAMETER_S = 1.1e-10
+# A micro-batch more: launches, and weights and gradients read and written once more, 12 bytes a parameter. Estimate.
+MICRO_BATCH_S, MICRO_BATCH_PARAMETER_S = 3e-3, 4e-12
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step asks of one GPU and its host.
+
+    Args:
+        at_best: one GPU in bf16, where low_level_zero is our own optimizer step.
+        tokens: of all micro-batches, for each GPU of a data-parallel replica of `replica_size` GPUs.
+        bubble: time that a pipeline's stages wait, over the time they work.
+        gpu_states, host_states: parameters that this GPU, and the whole host, update.
+        host_parameters: parameters that come from the host when they are needed.
+    """
+
+    shape: MatrixShape
+    plugin: str
+    at_best: bool
+    tokens: int
+    seq_len: int
+    micro_batches: int
+    num_params: int
+    recomputed_layers: int
+    gpu_states: float
+    host_states: float
+    host_parameters: float
+    step_in_backward: bool
+    replica_size: int = 1
+    bubble: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by cause; the whole is their sum.
+
+    Args:
+        compute: forward, backward and the GPU's own update.
+        recompute: forward of the recomputed layers once more.
+        micro_batches: what accumulation adds.
+        host: the GPU waits for the host.
+    """
+
+    compute: float
+    recompute: float
+    micro_batches: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.recompute + self.micro_batches + self.host
+
+    def describe(self) -> str:
+        """Return the causes as shares of the whole, those that are nothing left out."""
+        parts = (("compute", self.compute), ("recompute", self.recompute), ("accumulation", self.micro_batches))
+        shares = {name: seconds / self.total for name, seconds in (*parts, ("waiting for the host", self.host))}
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+
+
+def step_time(work: Work) -> StepTime:
+    """Return the expected time of a step.
+
+    The host's update starts with the first gradient where it runs in the backward pass of the last micro-batch, which
+    then hides it, and after that pass otherwise.
+    """
+    flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
+    rate = GPU_FLOPS * work.replica_size * _plugin_speed(work) / (1 + work.bubble)
+    forward_backward = work.tokens * flops.model / rate
+    recompute = work.tokens * (flops.hardware - flops.model) / rate
+    last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
+    host = work.host_states * HOST_ADAM_S
+    if work.step_in_backward:
+        host = max(0.0, host - last_backward)
+    return StepTime(
+        compute=forward_backward + work.gpu_states * GPU_ADAM_S,
+        recompute=recompute,
+        micro_batches=(work.micro_batches - 1) * (MICRO_BATCH_S + work.num_params * MICRO_BATCH_PARAMETER_S),
+        host=host + work.micro_batches * work.host_parameters * HOST_PARAMETER_S,
+    )
+
+
+def _plugin_speed(work: Work) -> float:
+    factor = PLUGIN_SPEED[work.plugin]
+    if work.plugin == "low_level_zero" and not work.at_best:
+        factor = OTHER_ZERO_SPEED
+    return factor * (BACKWARD_STEP_SPEED if work.step_in_backward else 1.0)

@@ -1,0 +1,72 @@
+"""speed.py: what a step is expected to take, against steps measured on an H200, and what hides behind what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from opt_sizes import OPT_SHAPES
+from planner import model_shape
+from speed import HOST_ADAM_S, PLUGIN_SPEED, Work, step_time
+
+
+def work_of(size: str = "1.3b", rows: int = 8, **changes: Any) -> Work:
+    shape = model_shape(OPT_SHAPES[size])
+    share = float(changes.pop("host_share", 0.0))
+    work = Work(
+        shape=shape,
+        plugin="low_level_zero",
+        at_best=True,
+        tokens=rows * 1024,
+        seq_len=1024,
+        micro_batches=1,
+        num_params=shape.num_params,
+        recomputed_layers=0,
+        gpu_states=(1 - share) * shape.num_params,
+        host_states=share * shape.num_params,
+        host_parameters=0.0,
+        step_in_backward=share > 0,
+    )
+    return replace(work, **changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "layers", "share", "measured_ms"),
+    [("1.3b", 8, 0, 0.0, 142.0), ("2.7b", 16, 32, 1.0, 1223.0), ("6.7b", 16, 32, 0.36, 1848.0)],
+)
+def test_steps_measured_on_a_gpu_are_expected_within_a_tenth(
+    size: str, rows: int, layers: int, share: float, measured_ms: float
+) -> None:
+    expected = step_time(work_of(size, rows, recomputed_layers=layers, host_share=share))
+    assert 1e3 * expected.total == pytest.approx(measured_ms, rel=0.1)
+
+
+def test_the_host_hides_behind_the_last_backward_pass_and_only_behind_it() -> None:
+    little, much = work_of(host_share=0.1), work_of(host_share=1.0)
+    assert step_time(little).host == 0 < step_time(much).host
+    after = step_time(replace(little, step_in_backward=False))
+    assert after.host == pytest.approx(0.1 * little.num_params * HOST_ADAM_S)
+    assert step_time(replace(much, micro_batches=4)).host > step_time(much).host
+
+
+def test_recompute_and_accumulation_cost_what_they_repeat() -> None:
+    plain = step_time(work_of())
+    recomputed, cut = step_time(work_of(recomputed_layers=24)), step_time(work_of(micro_batches=4))
+    assert 0.25 < recomputed.recompute / plain.compute < 0.34 and recomputed.compute == plain.compute
+    assert 0 < cut.micro_batches < 0.2 * plain.compute and plain.micro_batches == 0
+
+
+def test_plugins_stand_in_the_order_of_the_readme() -> None:
+    times = [step_time(work_of("125m", 32, plugin=plugin)).total for plugin in PLUGIN_SPEED]
+    assert times == sorted(times)
+    assert step_time(work_of(at_best=False)).total > step_time(work_of()).total
+    piped = work_of(plugin="hybrid_parallel", replica_size=4, bubble=0.25)
+    assert step_time(piped).total < step_time(replace(piped, bubble=1.0)).total
+
+
+def test_the_causes_are_named_with_their_shares() -> None:
+    text = step_time(work_of(host_share=1.0, recomputed_layers=24)).describe()
+    assert text.startswith("compute ") and "recompute" in text and "waiting for the host" in text
+    assert step_time(work_of()).describe() == "compute 100%"
