@@ -6,6 +6,7 @@ import torch
 from colossal_ext.adam_kernels import AdamSettings, AdamTensors, HostAdam
 from colossal_ext.host_updates import HostUpdate, HostUpdates
 from colossal_ext.local_zero import offloaded
+from colossal_ext.pinned import pinned_empty
 
 PLAIN = "--plugin torch_ddp"
 ZERO = "--plugin low_level_zero"
@@ -81,19 +82,40 @@ def test_the_last_matrices_go_to_the_host_until_the_share_is_reached():
 
 def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch):
     monkeypatch.setattr("colossal_ext.host_updates.SLOT_NUMEL", 8)
+    assert_updated_as_by_the_kernel(torch.device("cpu"), torch.empty)
+
+
+@pytest.mark.gpu
+def test_gradients_and_parameters_cross_to_a_gpu_and_back_unchanged(monkeypatch):
+    monkeypatch.setattr("colossal_ext.host_updates.SLOT_NUMEL", 64)
+    assert_updated_as_by_the_kernel(torch.device("cuda"), pinned_empty)
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_pinned_while_its_tensor_lives():
+    tensor = pinned_empty(3_000_001)
+    view = tensor[1:]
+    assert tensor.is_pinned()
+    assert view.is_pinned()
+    del tensor
+    assert not view.is_pinned()
+
+
+def assert_updated_as_by_the_kernel(device, make_master):
     torch.manual_seed(0)
     settings = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
-    master, grad = torch.randn(8 * 20 + 3), torch.randn(8 * 20 + 3).bfloat16()
-    expected = [master.clone(), torch.zeros_like(master), torch.zeros_like(master)]
+    start, grad = torch.randn(8 * 20 + 3), torch.randn(8 * 20 + 3).bfloat16()
+    expected = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
     HostAdam().update(AdamTensors([grad], *([each] for each in expected)), settings)
+    master = make_master(len(start)).copy_(start)
     states = [master, torch.zeros_like(master), torch.zeros_like(master)]
-    working = torch.zeros(len(master), dtype=torch.bfloat16)
-    updates = HostUpdates(torch.device("cpu"), largest_numel=len(master))
-    updates.submit(grad, HostUpdate(working, states[0], states[1], states[2], settings))
+    working = torch.zeros(len(master), dtype=torch.bfloat16, device=device)
+    updates = HostUpdates(device, largest_numel=len(master))
+    updates.submit(grad.to(device), HostUpdate(working, states[0], states[1], states[2], settings))
     updates.finish()
     updates.close()
     torch.testing.assert_close(states, expected)
-    assert torch.equal(working, states[0].bfloat16())
+    assert torch.equal(working.cpu(), states[0].bfloat16())
 
 
 def test_a_failed_update_is_raised_where_it_is_waited_for():
