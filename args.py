@@ -139,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser: one flag a field, defaults and help from the dataclass."""
     parser = argparse.ArgumentParser(
         prog="train_clm.py",
+        usage="python train_clm.py [flags]; --help lists them",
         description="Train OPT, or any causal language model, with ColossalAI.",
         allow_abbrev=False,
     )

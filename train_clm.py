@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,29 @@ WITHOUT_HUB = (
 
 def main() -> None:
     """Run the command line to its exit code."""
-    args = parse_args()
+    args = parsed()
     if args.plan:
         sys.exit(print_plan(args))
     import runtime
 
     runtime.run_to_exit(lambda process: run(args, process))
+
+
+def parsed() -> TrainArgs:
+    """Return the settings; a flag that argparse refuses is told by rank 0 alone, and ends the launcher with 2, too.
+
+    The launcher reads the code from a file: of any but 0 torchrun makes 1 and a page of its own traceback.
+    """
+    is_main, code_file = os.environ.get("RANK", "0") == "0", os.environ.get("CLM_EXIT_CODE_FILE")
+    try:
+        with nullcontext() if is_main else redirect_stderr(io.StringIO()):
+            return parse_args()
+    except SystemExit as end:
+        if not (code_file and end.code):
+            raise
+        if is_main:
+            Path(code_file).write_text(str(end.code), encoding="ascii")
+        sys.exit(0)
 
 
 def print_plan(args: TrainArgs) -> int:

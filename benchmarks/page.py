@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import COLUMNS, Row, common_line, hardware_line, split_columns, text
+from benchmarks.table import COLUMNS, Row, common_line, hardware_line, peaks_line, split_columns, text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -95,7 +95,7 @@ def write(rows: Sequence[Row], pictures: Sequence[Path], folder: Path, *, num_ce
 <body>
 <h1>Throughput and memory</h1>
 <p class="about">{escape(about)}. Speeds are medians of synchronised steps after the warm-up; memory is the largest
-rank's. Click a heading to sort; hover it for its meaning.</p>
+rank's. {escape(peaks_line(rows))} Click a heading to sort; hover it for its meaning.</p>
 <div class="controls">
 <input type="search" id="words" placeholder="filter: words that a row must have" aria-label="filter">
 {choices}

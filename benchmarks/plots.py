@@ -138,6 +138,7 @@ def memory(rows: Sequence[Row]) -> Figure | None:
                 textcoords="offset points", fontsize=8,
             )  # fmt: skip
         axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+        axes.set_xlim(-0.5, len(batches) - 0.5)  # a word in place of a bar does not widen the axis
         axes.set_ylim(0, top)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("batch (rows a GPU)")

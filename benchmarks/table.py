@@ -108,13 +108,13 @@ class Row:
     tokens_per_s_max: float | None = column("tokens/s max", ",.0f", help="fastest run")
     spread_percent: float | None = column("spread %", ".1f", main=True, help="fastest less slowest run, of the median; needs REPEATS")
     tokens_per_s_per_gpu: float | None = column("tokens/s a GPU", ",.0f", main=True)
-    relative_speed: float | None = column("relative speed", ".2f", main=True, help="tokens/s over those of the first plugin in the same setting")
+    relative_speed: float | None = column("speed / first plugin", ".2f", main=True, help="tokens/s over those of the first plugin in the same setting")
     samples_per_s: float | None = column("samples/s", ",.1f", main=True)
-    model_tflops_per_gpu: float | None = column("model TFLOP/s", ",.4g", main=True, help="of one GPU, without recompute")
-    hardware_tflops_per_gpu: float | None = column("hardware TFLOP/s", ",.4g", main=True, help="of one GPU, recompute counted")
+    model_tflops_per_gpu: float | None = column("model TFLOP/s a GPU", ",.4g", main=True, help="recompute not counted")
+    hardware_tflops_per_gpu: float | None = column("hardware TFLOP/s a GPU", ",.4g", main=True, help="recompute counted")
     mfu_percent: float | None = column("MFU %", ".1f", main=True, help="model TFLOP/s of the GPU's peak")
     mfu_peak: str | None = column("peak of MFU", help="where the peak stands")
-    step_ms_median: float | None = column("step ms", ",.1f", main=True, help="median")
+    step_ms_median: float | None = column("step ms median", ",.1f", main=True)
     step_ms_p10: float | None = column("step ms p10", ",.1f", main=True)
     step_ms_p90: float | None = column("step ms p90", ",.1f", main=True)
     first_step_s: float | None = column("first step s", ",.1f", help="compiles kernels and fills caches; not measured")
@@ -325,6 +325,12 @@ def common_line(rows: Sequence[Row], same: Sequence[Field[Any]]) -> str:
     return ", ".join(part for part in parts if part != "cap GB 0") or "no two cells alike"
 
 
+def peaks_line(rows: Sequence[Row]) -> str:
+    """Return where the peaks of MFU stand, in a sentence; empty where none is known."""
+    peaks = dict.fromkeys(row.mfu_peak for row in rows if row.mfu_peak)
+    return f"MFU stands against: {'; '.join(map(str, peaks))}." if peaks else ""
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Return the table for people: what is the same in every row stands above it, what failed has its reason below."""
     same, columns = split_columns(rows)
@@ -334,7 +340,6 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [text(getattr(row, spec.name), spec.metadata["form"]).replace("|", "\\|") for spec in columns]
         lines.append("| " + " | ".join(cells) + " |")
     notes = [f"- {row.cell}: {row.status}: {row.reason}" for row in rows if row.reason]
-    peaks = dict.fromkeys(row.mfu_peak for row in rows if row.mfu_peak)
-    if peaks:
-        lines += ["", f"MFU stands against: {'; '.join(map(str, peaks))}."]
+    if peaks := peaks_line(rows):
+        lines += ["", peaks]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"

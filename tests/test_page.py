@@ -69,6 +69,7 @@ def test_the_page_holds_all_it_needs(written: Path) -> None:
     assert len(shown.sources) == 2  # the empty icon and the picture
     assert not re.search(r"@import|url\(|fetch\(|<link(?! rel=\"icon\")|<script src", written.read_text())
     assert "6 of 8 cells" in written.read_text()
+    assert "MFU stands against: a sheet." in written.read_text()
 
 
 def test_the_page_has_every_row_and_column_and_takes_no_word_for_html(written: Path) -> None:

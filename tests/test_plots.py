@@ -56,6 +56,15 @@ def test_memory_shows_the_cap_and_what_ran_out_of_it() -> None:
     assert "memory of a GPU: 79.0 GiB" in words_of(plots.memory(example_rows()))
 
 
+def test_the_states_of_cells_without_a_bar_lie_inside_the_picture() -> None:
+    figure = plots.memory(example_rows())
+    assert figure is not None
+    (left, right), words = figure.axes[0].get_xlim(), figure.axes[0].texts
+    places = {word.get_text(): word.get_position()[0] for word in words if word.get_text() in ("OOM", "timeout")}
+    assert set(places) == {"OOM", "timeout"}
+    assert all(left < x < right for x in places.values())
+
+
 def test_on_a_cpu_the_memory_is_the_hosts() -> None:
     words = words_of(plots.memory(example_rows(gib=None)))
     assert any(word.startswith("Peak host memory") for word in words)

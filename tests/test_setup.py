@@ -257,3 +257,22 @@ def test_everything_we_import_is_required() -> None:
 def test_requirements_are_names_and_versions_and_no_place_to_fetch_from(name: str) -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     assert [line for line in lines if line and not re.fullmatch(r"[\w-]+[=<>!~,.\d]+", line)] == []
+
+
+@pytest.mark.parametrize("apt_code", [0, 100])
+def test_ci_asks_for_a_browser_once_and_goes_on_without_one(tmp_path: Path, apt_code: int) -> None:
+    """.ci/run with stand-ins for all it calls, which note that they were called."""
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    for name, code in (("bin/apt-get", apt_code), ("bin/make", 0), ("setup.sh", 0), ("tests/run.sh", 0)):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{tmp_path}/calls\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    for tool in ("bash", "dirname", "timeout"):
+        (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env={"PATH": str(tmp_path / "bin")}, capture_output=True)
+    calls = [line.split()[:2] for line in (tmp_path / "calls").read_text().splitlines()]
+    apt = [["bin/apt-get", "update"]] + ([["bin/apt-get", "install"]] if apt_code == 0 else [])
+    assert done.returncode == 0, done.stderr
+    assert calls == [*apt, ["setup.sh", "--dev"], ["bin/make", "check"], ["tests/run.sh"]]

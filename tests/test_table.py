@@ -66,6 +66,18 @@ def test_markdown_names_what_is_common_once_and_the_reasons_below() -> None:
     assert len({line.count("|") for line in lines[:8]}) == 1
     assert "| 24,000 |" in lines[2]
     assert lines[-2].endswith(": oom: no <room>")
+    assert "MFU stands against: a sheet." in lines
+
+
+def test_headings_have_the_units() -> None:
+    head = table.markdown(example_rows()).splitlines()[2]
+    units = [
+        *("tokens/s", "tokens/s a GPU", "speed / first plugin", "samples/s"),
+        *("model TFLOP/s a GPU", "hardware TFLOP/s a GPU", "MFU %"),
+        *("step ms median", "step ms p10", "step ms p90", "allocated GiB", "reserved GiB", "host GiB"),
+        *("predicted GiB", "prediction error %"),
+    ]
+    assert [word for word in head.strip("| ").split(" | ") if word in units] == units
 
 
 def test_an_outcome_is_read_back_and_half_a_file_is_none(tmp_path: Path) -> None:

@@ -195,3 +195,14 @@ def test_a_pretrained_start_goes_on_from_the_trained_loss(trained, train, real_d
     )
     assert run.code == 0, run.output
     assert run.result["model"]["pretrained"] and run.losses[0] < 8.5
+
+
+@pytest.mark.parametrize(("rank", "told", "code"), [("0", 2, "2"), ("1", 0, None)])
+def test_an_unknown_flag_is_told_once_and_gives_the_launcher_its_code(tmp_path, rank, told, code):
+    """As torchrun starts a rank: with its own exit code 0 there is no page of torchrun's."""
+    environment = os.environ | {"RANK": rank, "CLM_EXIT_CODE_FILE": str(tmp_path / "code")}
+    command = [sys.executable, ROOT / "train_clm.py", "--no_such_flag"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == told
+    assert ("unrecognized arguments: --no_such_flag" in done.stderr) == bool(told)
+    assert ((tmp_path / "code").read_text() if (tmp_path / "code").exists() else None) == code
