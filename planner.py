@@ -7,7 +7,7 @@ activations are derived tensor by tensor. What is only estimated says so and wai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from args import TrainArgs, pipeline_microbatches, problems
@@ -53,6 +53,10 @@ AUTO_FLAGS = (
     "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
+# What else a plugin may have been given, and another one would refuse.
+LAYOUT_FLAGS = ("tp", "pp", "num_microbatches", "pp_schedule", "placement")
+# Where memory ran out, advice leaves this much more of it free than a plan does.
+OOM_ROOM = 0.9
 OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
 # What is known less well has to promise more. States go to the host only where all else is expected to take this much
 # longer; how far its work hides behind the GPU's is a model's word.
@@ -977,6 +981,8 @@ def oom_advice(
     for name, nothing in (("gradient_checkpointing", "0"), ("step_in_backward", "off")):
         if chosen.get(name) == nothing:
             del chosen[name]
+    if given.gradient_checkpointing != "auto":  # a word that became a number
+        chosen.pop("gradient_checkpointing", None)
     ran = replace(given, **chosen)
     num_gpus = 0 if on_cpu else world_size
     advice = []
@@ -988,6 +994,50 @@ def oom_advice(
     if given.mem_cap:
         advice.append(f"a higher --mem_cap than {given.mem_cap:g} GB")
     return [*advice, "a smaller --model_name_or_path, or more GPUs"]
+
+
+def fitting_flags(
+    given: TrainArgs,
+    used: TrainArgs,
+    shape: ModelShape,
+    world_size: int,
+    gpu_gib: float | None,
+    host_gib: float | None,
+    **options: Any,
+) -> str | None:
+    """Return the flags, to be added to the command, of the fastest setting that is predicted to fit with room to spare.
+
+    Args:
+        given: the flags as the user gave them; what they say of precision, compilation and the model stands.
+        used: the same without `auto`: what ran out of memory.
+        options: `resolve_auto`'s.
+
+    Returns:
+        None where nothing is predicted to fit, nothing limits a device, or another flag stands in the way.
+    """
+    limits = [gpu_gib * GIB / 1e9 if gpu_gib else 0.0, given.mem_cap]
+    limit_gb = min((limit for limit in limits if limit), default=0.0)
+    free = {spec.name: spec.default for spec in fields(TrainArgs) if spec.name in (*AUTO_FLAGS, *LAYOUT_FLAGS)}
+    rows = {name: getattr(given, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    asked = replace(given, **{**free, **rows, "mem_cap": OOM_ROOM * limit_gb})
+    choice = resolve_auto(asked, shape, world_size, gpu_gib, host_gib, **options)
+    if not limit_gb or not choice.fits:
+        return None
+    changed = replace(asked, mem_cap=given.mem_cap, **_chosen_flags(choice))
+    changes = {name: getattr(changed, name) for name in free if getattr(changed, name) != getattr(given, name)}
+    num_gpus = 0 if gpu_gib is None else world_size
+    refused = problems(changed, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
+    resolved = replace(changed, step_in_backward="on" if choice.step_in_backward else "off")
+    is_used = all(getattr(resolved, name) == getattr(used, name) for name in AUTO_FLAGS)
+    return None if refused or is_used else _flags(changes)
+
+
+def _chosen_flags(choice: Choice) -> dict[str, Any]:
+    """Return the flags that make a run of this choice."""
+    flags = {name: getattr(choice, name) for name in AUTO_FLAGS if hasattr(choice, name)}
+    step = "on" if choice.step_in_backward else "off"
+    flags["step_in_backward"] = step if choice.plugin == "low_level_zero" else "auto"
+    return {**flags, "gradient_checkpointing": str(choice.checkpointed_layers)}
 
 
 def _flags(changes: dict[str, Any]) -> str:

@@ -311,7 +311,6 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
     """
     import torch
 
-    import planner
     import report
     import runtime
     import trainer
@@ -328,13 +327,7 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
         return runtime.EXIT_NAN
     except torch.OutOfMemoryError as error:
         book.write("oom", alone=True)
-        advice = planner.oom_advice(
-            asked,
-            job.args,
-            num_layers=job.shape.num_layers,
-            world_size=job.process.world_size,
-            on_cpu=job.process.on_cpu,
-        )
+        advice = out_of_memory_advice(asked, job)
         head = f"error: out of GPU memory ({str(error).splitlines()[0]}). Try, in this order:"
         print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
         raise
@@ -343,6 +336,29 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
     for line in report.summary(result):
         runtime.log.info(line)
     return stop.exit_code if interrupted else runtime.EXIT_OK
+
+
+def out_of_memory_advice(asked: TrainArgs, job: Job) -> list[str]:
+    """Return the flags to try next, in order: first, if there are any, those of the fastest setting predicted to fit."""
+    import hardware
+    import planner
+
+    process = job.process
+    fitting = planner.fitting_flags(
+        asked,
+        job.args,
+        job.shape,
+        process.world_size,
+        process.device_memory_gib,
+        hardware.host_memory_gib(),
+        processes_per_host=process.local_world_size,
+        has_bf16=process.has_bf16,
+        dropout=getattr(job.source.config, "dropout", 0.0) > 0,
+    )
+    others = planner.oom_advice(
+        asked, job.args, num_layers=job.shape.num_layers, world_size=process.world_size, on_cpu=process.on_cpu
+    )
+    return [fitting, *(line for line in others if line != fitting)] if fitting else others
 
 
 def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[Engine, bool]:

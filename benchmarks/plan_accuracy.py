@@ -1,6 +1,6 @@
 """The planner's predicted peak beside the measured one, over sizes, plugins, batches, lengths, recompute and offload.
 
-    python -m benchmarks.plan_accuracy                      # the grid, on one GPU: about 6 minutes
+    python -m benchmarks.plan_accuracy                      # the grid, on one GPU: about 6 minutes; CPU: a smaller one
     python -m benchmarks.plan_accuracy --jobs 8             # as many cells at once as fit on the GPUs and the host
     python -m benchmarks.plan_accuracy --only '^125m'       # cells whose line matches
     python -m benchmarks.plan_accuracy --output DIR         # plan_accuracy.md and .json there, after each cell
@@ -70,6 +70,22 @@ GRID = """
 2.7b gemini 4 1024 --gradient_checkpointing on
 6.7b low_level_zero 4 1024 --gradient_checkpointing on --step_in_backward on
 6.7b low_level_zero 8 512 --gradient_checkpointing on --offload_optim_frac 0.4
+"""
+
+# For a machine without a GPU: the host's memory, which is all there is; up to 8 GiB. Products in bf16, all that Gemini
+# has, take a CPU without instructions for them a minute a step: few tokens.
+CPU_GRID = """
+tiny torch_ddp 8 256
+tiny low_level_zero 8 256
+tiny gemini 2 64
+tiny torch_ddp 16 256 --gradient_checkpointing on
+125m torch_ddp 2 128
+125m low_level_zero 2 128
+125m hybrid_parallel 2 128
+125m torch_ddp 4 256 --gradient_checkpointing on
+125m low_level_zero 2 128 --offload_optim_frac 0.5
+350m torch_ddp 1 128
+350m low_level_zero 1 128
 """
 
 
@@ -353,7 +369,7 @@ def main() -> None:
         results = json.loads(options.again.read_text())
         write(results, options.output)
     else:
-        text = options.grid.read_text() if options.grid else GRID
+        text = options.grid.read_text() if options.grid else GRID if hardware.visible_gpus() else CPU_GRID
         lines = [line for line in text.strip().splitlines() if line and (not options.only or options.only.search(line))]
         results = []
         for result in measure(lines, options):

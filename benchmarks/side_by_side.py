@@ -371,6 +371,8 @@ def plan_of(result: dict[str, Any]) -> str:
     offload = [f"{args[name]:g} {name[8:13]} on the host" for name in ("offload_optim_frac", "offload_param_frac")]
     parts = [text for text in offload if not text.startswith("0 ")]
     parts += [f"{args['gradient_checkpointing']} layers recomputed"] * (args["gradient_checkpointing"] != "0")
+    micro_batches, rows = args["gradient_accumulation_steps"], args["per_device_train_batch_size"]
+    parts += [f"{micro_batches} micro-batches of {rows}"] * (micro_batches > 1)
     return ", ".join([result["plugin"], *parts, *["compiled"] * (args["compile"] == "on")])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from benchmarks import plan_accuracy
 from benchmarks.packing import Need, Room
+from conftest import ROOT
 from hardware import Gpu
 
 SMALL, MIDDLE, LARGE = "125m torch_ddp 1 64", "1.3b low_level_zero 4 512", "2.7b low_level_zero 4 1024"
@@ -94,3 +97,29 @@ def test_neighbours_memory_is_not_taken_for_a_cells_own(monkeypatch: pytest.Monk
         options = argparse.Namespace(jobs=jobs, seconds=9.0, limit_seconds=9.0)
         found = list(plan_accuracy.measure([SMALL, LARGE], options))
         assert [each["memory"]["outside_gib"] for each in found] == [1.25, second]
+
+
+# ---------------------------------------------------------------------------- the host, on this machine
+
+
+def host_errors(folder: Path, only: str) -> dict[str, float]:
+    """Measure cells of the CPU grid in a process of its own, and return how far off the planner is."""
+    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--only", only, "--output", str(folder)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=1800)
+    rows = [plan_accuracy.row(result) for result in json.loads((folder / "plan_accuracy.json").read_text())]
+    assert rows and all(each["status"] == "ok" for each in rows), rows
+    return {each["cell"]: each["host_error"] for each in rows}
+
+
+def test_the_hosts_memory_for_a_tiny_model_is_predicted_within_a_tenth(tmp_path: Path) -> None:
+    errors = host_errors(tmp_path, "^tiny (torch_ddp|low_level_zero)")
+    assert len(errors) == 2 and all(-0.05 <= error <= 0.10 for error in errors.values()), errors
+
+
+@pytest.mark.slow
+def test_the_hosts_memory_is_predicted_within_a_tenth_for_nine_of_ten_and_never_much_too_low(tmp_path: Path) -> None:
+    errors = host_errors(tmp_path, ".")
+    assert len(errors) == len(plan_accuracy.CPU_GRID.split("\n")) - 2
+    assert min(errors.values()) >= -0.05, errors
+    assert sum(abs(error) <= 0.10 for error in errors.values()) >= 0.9 * len(errors), errors
