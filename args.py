@@ -82,6 +82,7 @@ class TrainArgs:
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
     step_in_backward: str = flag("parallelism", "auto", "low_level_zero on one GPU: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
+    hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life, or without progress in a step after the first, until a rank is reported as hung, with stacks, and the run ends; 0: off", type=float)
     allow_cpu_fp16: bool = flag("parallelism", False, "rehearse fp16 on a CPU (slow; for tests)")
 
     output_dir: str | None = flag("output", None, "folder for results; off: outputs/<model>-<plugin>-<time>")
@@ -89,7 +90,7 @@ class TrainArgs:
     save_strategy: str = flag("output", "epoch", "checkpoints: at the end of each epoch (epoch), only as --save_steps and signals say (steps), or never (no)", choices=("epoch", "steps", "no"))
     save_steps: int = flag("output", 0, "steps between two checkpoints, unless --save_strategy no; 0: off", type=int)
     save_total_limit: int | None = flag("output", None, "newest checkpoints to keep; off: all", type=int)
-    resume_from_checkpoint: str | None = flag("output", None, "go on from this checkpoint folder, or `last`: the newest whole one in --output_dir; off: start anew", metavar="{DIR,last}")
+    resume_from_checkpoint: str | None = flag("output", None, "go on from this checkpoint folder, or `last`: the newest whole one in --output_dir, or `auto`: the same if there is one, else start anew; off: start anew", metavar="{DIR,last,auto}")
     export: str | None = flag("output", None, "only write the model of this checkpoint to --output_dir as a Hugging Face folder; off: train", metavar="CHECKPOINT")
     save_final: bool = flag("output", True, "write final/, a Hugging Face folder with the trained model", negatable=True)
     export_dtype: str = flag("output", "auto", "type of the weights in final/ and in what --export writes; auto: 16 bits, the run's own type, bf16 after an fp32 run", choices=("auto", "bf16", "fp16", "fp32"))
@@ -191,7 +192,7 @@ def _number_problems(args: TrainArgs) -> list[str]:
         "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": 1, "logging_steps": 1,
         "tp": 1, "pp": 1, "max_train_samples": 1, "max_eval_samples": 1, "num_microbatches": 0,
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
-        "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "seed": 0,
+        "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
         "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
     }  # fmt: skip
     between = {

@@ -101,6 +101,10 @@ choose_torchrun() {
     add_static_rendezvous "$num_nodes"
   fi
   torchrun+=(--nproc_per_node "$num_processes")
+  if [[ -n ${MAX_RESTARTS:-} ]]; then
+    [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "MAX_RESTARTS: got '$MAX_RESTARTS', needs a whole number; 0: no restart"
+    torchrun+=(--max_restarts "$MAX_RESTARTS")
+  fi
 }
 
 add_static_rendezvous() {
@@ -122,8 +126,9 @@ share_cores() {
 # torchrun turns every failure into 1 under a page of its own traceback, so a run that ends in order writes its code
 # into CLM_EXIT_CODE_FILE and tells torchrun 0.
 #
-# A first SIGINT or SIGTERM goes to the ranks alone, which save a checkpoint and end; torchrun would give them 30 s
-# and print a traceback. Torchrun itself gets the second one, and a first one that comes before it has ranks.
+# A first SIGINT, SIGTERM or SIGUSR1 goes to the ranks alone, which save a checkpoint and end; torchrun would give them 30 s
+# and print a traceback. Torchrun itself gets the second one, and a first one that comes before it has ranks. It ignores
+# SIGUSR1, of which it would die: Slurm sends that to every process of a step.
 run_supervised() {
   local child status interrupted=1 signalled=
   CLM_EXIT_CODE_FILE=$(mktemp)
@@ -131,11 +136,13 @@ run_supervised() {
   trap 'rm -f "$CLM_EXIT_CODE_FILE"' EXIT
   # Job control gives torchrun a process group of its own: Ctrl-C reaches us alone, and is passed on once.
   set -m
+  trap '' USR1
   "$@" </dev/null &
   child=$!
   set +m
   trap 'pass_on INT 130' INT
   trap 'pass_on TERM 143' TERM HUP
+  trap 'pass_on USR1 138' USR1
   while [[ -n $interrupted ]]; do
     interrupted=
     status=0

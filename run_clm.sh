@@ -28,6 +28,7 @@ Without a GPU and without a positional argument it rehearses `tiny` for about a 
 Environment:
   NNODES NODE_RANK MASTER_ADDR [MASTER_PORT=29500]   several machines: the same command on each, its own NODE_RANK
   RDZV_ENDPOINT=host:port [RDZV_ID=clm]              the same without ranks: torchrun's c10d rendezvous
+  MAX_RESTARTS      after a lost rank, start all again this often, from the last checkpoint (default: 0)
   OMP_NUM_THREADS   threads a process (default: this machine's cores / gpu-num)
   PYTHON            interpreter that .venv is made of (default: python3)
   SKIP_SETUP=1      make no .venv, use PYTHON as it is (conda, containers, clusters)

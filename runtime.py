@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -274,6 +275,8 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     runtime = current_runtime()
     start_logging(runtime)
+    if restarts() and runtime.local_rank == 0:
+        _forget_exit_code()
     try:
         code = body(runtime)
     except ConfigError as error:
@@ -281,16 +284,16 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
         code = EXIT_CONFIG
     except torch.OutOfMemoryError:
-        _leave_now(EXIT_OOM)
+        leave_now(EXIT_OOM)
     except KeyboardInterrupt:
-        _leave_now(128 + signal.SIGINT)
+        leave_now(128 + signal.SIGINT)
     except RankFailure as failure:
         print(f"error: [rank {runtime.rank}] {failure}", file=sys.stderr, flush=True)
-        _leave_now(EXIT_ERROR)
+        leave_now(EXIT_ERROR)
     except Exception:
         if not _is_explained():
             print(f"[rank {runtime.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-        _leave_now(EXIT_ERROR, is_explained=False)
+        leave_now(EXIT_ERROR, is_explained=False)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(_report_exit_code(code, runtime))
@@ -310,6 +313,22 @@ def _report_exit_code(code: int, runtime: Runtime) -> int:
     return EXIT_OK
 
 
+def restarts() -> int:
+    """Return how often torchrun has started the ranks again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def start_of_torchrun() -> float:
+    """Return the Unix time at which this process's parent was started."""
+    return psutil.Process(os.getppid()).create_time()
+
+
+def _forget_exit_code() -> None:
+    """What ended the ranks before is no longer how the run ends."""
+    if path := os.environ.get("CLM_EXIT_CODE_FILE"):
+        open(path, "w").close()
+
+
 def _write_exit_code(path: str, code: int) -> None:
     with open(path, "w", encoding="ascii") as file:
         file.write(str(code))
@@ -321,7 +340,12 @@ def _is_explained() -> bool:
     return bool(path and os.path.exists(path) and os.path.getsize(path))
 
 
-def _leave_now(code: int, *, is_explained: bool = True) -> None:
+def leave_now(code: int, *, is_explained: bool = True) -> None:
+    """End this process, and with it the run.
+
+    Args:
+        is_explained: a sentence has said why; what other ranks then meet is only its echo.
+    """
     path = os.environ.get("CLM_EXIT_CODE_FILE")
     if path and is_explained:
         _write_exit_code(path, code)

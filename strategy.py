@@ -117,6 +117,11 @@ class Engine:
         is_last_stage = self.plugin.stage_manager is None or self.plugin.stage_manager.is_last_stage(ignore_chunk=True)
         return is_last_stage and dist.get_rank(self.plugin.tp_group) == 0
 
+    @property
+    def forward_is_local(self) -> bool:
+        """Whether a rank computes its loss without the others: no gathered parameters, no divided layers or depth."""
+        return self.args.plugin != "gemini" and self.args.replica_size == 1
+
     def seed_dropout(self, seed: int) -> None:
         """Draw different dropout masks on data-parallel ranks, the same on tensor-parallel ones."""
         torch.manual_seed(seed + 1 + self.dp_rank)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from recorder import Job, Recorder
     from runtime import Runtime, StopSignal
     from strategy import Engine
+    from watchdog import Pulse
 
 WITHOUT_HUB = (
     "the Hugging Face hub cannot be reached, and its cache lacks what this run needs; give local files instead: "
@@ -111,13 +112,38 @@ def run(args: TrainArgs, process: Runtime) -> int:
     runtime.check_versions()
     if args.export:
         return export(args, Path(args.export))
+    args = settle_resume(args)
     job, tokenizer = prepare(args, process)
     runtime.start_process_group(process, timeout_s=args.ddp_timeout, mem_cap_gb=args.mem_cap)
     import recorder
+    import watchdog
 
-    folder = agree_on_folder(job.args, process)
-    with locked(folder, process):
-        return guarded(args, job, recorder.Recorder(job, folder), tokenizer)
+    with watchdog.watching(process, args.hang_timeout) as pulse:
+        folder = agree_on_folder(job.args, process)
+        with locked(folder, process):
+            return guarded(args, job, recorder.Recorder(job, folder), tokenizer, pulse)
+
+
+def settle_resume(args: TrainArgs) -> TrainArgs:
+    """Return the settings with `--resume_from_checkpoint auto` decided; ranks that torchrun has started again have it.
+
+    Where the run before got to no checkpoint, what it left is written over.
+    """
+    import checkpoint
+    import runtime
+
+    word = args.resume_from_checkpoint
+    if not args.output_dir or args.eval_only or not (word == "auto" or runtime.restarts()):
+        return args
+    folders = checkpoint.step_folders(Path(args.output_dir) / "checkpoints")
+    if args.overwrite_output_dir and runtime.restarts():
+        # It may have ended before it removed those of another run.
+        folders = [folder for folder in folders if folder.stat().st_mtime >= runtime.start_of_torchrun()]
+    if folders:
+        return replace(args, resume_from_checkpoint="last")
+    if word not in (None, "auto"):
+        return args
+    return replace(args, resume_from_checkpoint=None, overwrite_output_dir=True)
 
 
 def prepare(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
@@ -214,8 +240,10 @@ def output_problems(args: TrainArgs) -> list[str]:
         found.append(in_use)
     elif folder and _holds_a_run(folder) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
         found.append(f"--output_dir {folder}: already holds a run; choose another, or add --overwrite_output_dir")
-    if args.resume_from_checkpoint == "last" and not folder:
-        found.append("--resume_from_checkpoint last: needs --output_dir, the folder of the run")
+    if args.resume_from_checkpoint in ("last", "auto") and not folder:
+        found.append(f"--resume_from_checkpoint {args.resume_from_checkpoint}: needs --output_dir, the run's folder")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not folder:
+        found.append("MAX_RESTARTS: needs --output_dir, the folder that a restart goes on in")
     if args.resume_from_checkpoint and args.eval_only:
         found.append("--eval_only: evaluates a model folder; use --export on the checkpoint first")
     wants_text = bool(args.prompt or args.num_samples)
@@ -303,7 +331,7 @@ def locked(folder: Path, process: Runtime) -> Iterator[None]:
         yield
 
 
-def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
+def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: Pulse) -> int:
     """Run the job, leave result.json however it ends, and return the exit code.
 
     Args:
@@ -317,7 +345,7 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any) -> int:
 
     stop = runtime.StopSignal()
     try:
-        engine, interrupted = train(job, book, stop, tokenizer)
+        engine, interrupted = train(job, book, stop, tokenizer, pulse)
         if not interrupted:
             finish(job, engine, book.folder, tokenizer)
     except trainer.NonFiniteLoss as error:
@@ -361,7 +389,9 @@ def out_of_memory_advice(asked: TrainArgs, job: Job) -> list[str]:
     return [fitting, *(line for line in others if line != fitting)] if fitting else others
 
 
-def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[Engine, bool]:
+def train(
+    job: Job, book: Recorder, stop: StopSignal, tokenizer: Any, pulse: Pulse | None = None
+) -> tuple[Engine, bool]:
     """Build everything, then train and evaluate, or with --eval_only just evaluate.
 
     Returns:
@@ -414,7 +444,7 @@ def train(job: Job, book: Recorder, stop: StopSignal, tokenizer: Any) -> tuple[E
         at_epoch_end=evaluate,
         save=save,
     )
-    loop = trainer.Trainer(engine, stop, hooks, progress)
+    loop = trainer.Trainer(engine, stop, hooks, progress, pulse)
     loop.train(train_batches, schedule)
     return engine, loop.interrupted
 

@@ -22,8 +22,10 @@ from args import TrainArgs
 from checkpoint import Progress
 from data import EpochSampler
 from model import IGNORED, count_targets
+from pace import SlowRanks, Stopwatch
 from runtime import StopSignal, log
 from strategy import Engine
+from watchdog import Pulse
 
 Batch = dict[str, Tensor]
 
@@ -99,11 +101,21 @@ class Hooks:
 
 
 class Trainer:
-    """Runs an engine over its data."""
+    """Runs an engine over its data.
 
-    def __init__(self, engine: Engine, stop: StopSignal, hooks: Hooks, progress: Progress) -> None:
+    Args:
+        pulse: is kept at where the loop stands.
+    """
+
+    def __init__(
+        self, engine: Engine, stop: StopSignal, hooks: Hooks, progress: Progress, pulse: Pulse | None = None
+    ) -> None:
         self.engine, self.stop, self.hooks, self.progress = engine, stop, hooks, progress
+        self.pulse = pulse or Pulse()
         self.interrupted = False
+        self._stopwatch = Stopwatch(on_cpu=engine.runtime.on_cpu, forward_is_local=engine.forward_is_local)
+        self._slow_ranks = SlowRanks(log.warning, engine.args.logging_steps)
+        self._own_s = 0.0
         self._clock = time.perf_counter()
         self._saved_step = progress.step
 
@@ -117,12 +129,14 @@ class Trainer:
             bar.update(self.progress.step)
             while self.progress.step < schedule.num_steps and not self.interrupted:
                 self._train_epoch(batches, schedule, bar)
+        self.pulse.mark("the end of the run", self.progress.step)
         self._require_finite_weights()
 
     def _train_epoch(self, batches: DataLoader[Any], schedule: Schedule, bar: tqdm) -> None:
         args, epoch = self.engine.args, self.progress.epoch
         cast(EpochSampler, batches.sampler).set_epoch(epoch, start=self.progress.rows)
         self._clock = time.perf_counter()
+        self._start_loading()
         for micro_batches in _groups(batches, args.gradient_accumulation_steps):
             result = self.train_step(micro_batches)
             if result.step == 1:
@@ -135,13 +149,20 @@ class Trainer:
                 return
             if result.step == schedule.num_steps:
                 break
+            self._start_loading()
         else:
             self.progress = replace(self.progress, epoch=epoch + 1, rows=0)
+        self.pulse.mark("evaluation", self.progress.step)
         self.hooks.at_epoch_end(epoch)
         if args.save_strategy == "epoch":
             self._save()
 
+    def _start_loading(self) -> None:
+        self.pulse.mark("data", self.progress.step + 1)
+        self._stopwatch.start_loading()
+
     def _save(self) -> None:
+        self.pulse.mark("checkpoint", self.progress.step)
         if self.engine.args.save_strategy != "no" and self._saved_step < self.progress.step:
             self._require_finite_weights()
             self.hooks.save(self.progress)
@@ -156,20 +177,28 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """Update the weights once from the rows of all ranks; the loss is normalised by their global target count."""
         engine, step = self.engine, self.progress.step + 1
+        self.pulse.mark("forward", step)
+        self._stopwatch.end_loading()
         counts = self._global_counts(micro_batches)
+        self._stopwatch.start_forward()
         scale = (engine.dp_size / counts[0].clamp(min=1)).float()
         totals = _StepTotals(step, counts)
 
-        def at_loss(loss: Tensor, *, last: bool) -> None:
+        def at_loss(loss: Tensor, *, first: bool, last: bool) -> None:
+            self.pulse.mark("backward", step)
+            if first:
+                self._stopwatch.end_forward()
             totals.add(loss, last=last)
             if last and engine.steps_in_backward:
                 totals.check()
 
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            engine.forward_backward(batch, scale, last=last, at_loss=partial(at_loss, last=last))
+            engine.forward_backward(batch, scale, last=last, at_loss=partial(at_loss, first=index == 0, last=last))
         totals.check()
-        loss, _, num_tokens, num_samples, stop = totals.read()
+        loss, _, num_tokens, num_samples, stop, *own_s = totals.read()
+        self._own_s = self._stopwatch.seconds()
+        self.pulse.mark("update", step)
         learning_rate = engine.learning_rate
         grad_norm = engine.step()
         # One that is still on its way shows in the next loss, or in the weights before they are saved. In fp16 the
@@ -185,12 +214,16 @@ class Trainer:
             tokens=self.progress.tokens + int(num_tokens),
         )
         started, self._clock = self._clock, time.perf_counter()
-        return StepResult(
-            step, loss, grad_norm, learning_rate, int(num_tokens), int(num_samples), self._clock - started
-        )
+        seconds = self._clock - started
+        if engine.runtime.is_main:
+            self._slow_ranks.add(own_s, seconds)
+        return StepResult(step, loss, grad_norm, learning_rate, int(num_tokens), int(num_samples), seconds)
 
     def _global_counts(self, micro_batches: list[Batch]) -> Tensor:
-        """Return (targets, tokens, rows, ranks asked to stop) of the step over the world, (4,) float64."""
+        """Return what every rank must know of the step, (4 + world,) float64.
+
+        These are targets, tokens, rows, ranks asked to stop, and each rank's own work in the step before, in seconds.
+        """
         own = [0, 0, 0]
         if self.engine.counts:
             labels = [batch["labels"] for batch in micro_batches]
@@ -199,7 +232,10 @@ class Trainer:
                 sum(int((each != IGNORED).sum()) for each in labels),
                 sum(int((each[:, 0] != IGNORED).sum()) for each in labels),
             ]
-        counts = torch.tensor([*own, self.stop.number > 0], dtype=torch.float64, device=self.engine.runtime.device)
+        runtime = self.engine.runtime
+        own_s = [0.0] * runtime.world_size
+        own_s[runtime.rank] = self._own_s
+        counts = torch.tensor([*own, self.stop.number > 0, *own_s], dtype=torch.float64, device=runtime.device)
         dist.all_reduce(counts)
         return counts
 
@@ -218,7 +254,8 @@ class _StepTotals:
         self._loss_sum += loss
         if not last:
             return
-        totals = torch.stack([self._loss_sum / self._counts[0].clamp(min=1), *self._counts])
+        mean_loss = self._loss_sum / self._counts[0].clamp(min=1)
+        totals = torch.cat([mean_loss.reshape(1), self._counts])
         dist.all_reduce(totals[:1])
         self._totals = totals
         if totals.device.type == "cuda":
@@ -227,7 +264,7 @@ class _StepTotals:
             self._arrived.record()
 
     def read(self) -> list[float]:
-        """Return the mean loss and the counts: (loss, targets, tokens, rows, ranks asked to stop)."""
+        """Return the mean loss and `Trainer._global_counts`."""
         if self._arrived:
             self._arrived.synchronize()
         return self._totals.tolist()

@@ -70,6 +70,9 @@ NAN_GRADIENT = """output = forward(self, *tokens)
             output.register_hook(lambda gradient: gradient * float("nan"))
             return output"""
 NAN = 'return forward(self, *tokens) * float("nan")'
+STAND_STILL = "__import__('time').sleep(3600)"
+SLOW = "__import__('time').sleep(0.15)"
+HANG_TIMEOUT_S = 6
 
 
 class NotPossible(Exception):
@@ -101,9 +104,10 @@ class Run:
     Args:
         folder: its --output_dir.
         planted: source of a sitecustomize.py for every Python of the run.
+        max_restarts: how often torchrun may start the ranks again.
     """
 
-    def __init__(self, folder: Path, *flags: str, planted: str = "") -> None:
+    def __init__(self, folder: Path, *flags: str, planted: str = "", max_restarts: int = 0) -> None:
         self.folder = folder
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         # Beside the folder: the disk under it may be full.
@@ -113,7 +117,7 @@ class Run:
         with open(self._scratch / "output", "w") as output:
             self.process = subprocess.Popen(
                 [*command, "--output_dir", str(folder)],
-                env=self._environment(bool(planted)),
+                env=self._environment(bool(planted)) | {"MAX_RESTARTS": str(max_restarts)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # A shell cannot trap what it was started to ignore, as in `python -m benchmarks.faults &`.
@@ -383,6 +387,21 @@ def kill(run: Run, rank: int, delay_s: float) -> float:
     return run.since - started
 
 
+def sigkill_with_restart(bench: Bench, number: int) -> Trial:
+    """Kill a rank of a run that may be restarted: it goes on by itself."""
+    plugin, rank = PLUGINS[number % len(PLUGINS)], bench.draw.randrange(2)
+    run = Run(bench.new_folder(), *plugin.split(), max_restarts=1)
+    run.wait_for_step(SAVE_STEPS + 2)
+    kill(run, rank, bench.draw.uniform(0, 0.03))
+    ended = run.finish(START_LIMIT_S)
+    problems = [*end_problems(ended, [0]), *differences(run.folder, bench.reference(plugin))]
+    lost = len(logged_losses(run.folder)) - NUM_STEPS
+    if not 0 <= lost <= SAVE_STEPS:
+        problems.append(f"{lost} steps lost")
+    fault, how = "SIGKILL of a rank, MAX_RESTARTS=1", f"{plugin}, rank {rank}"
+    return Trial(fault, how, ended.code, ended.seconds, ended.orphans, lost, tuple(problems))
+
+
 def sigterm_to_the_launcher(bench: Bench, number: int) -> Trial:
     return signalled(bench, "SIGTERM to the launcher", lambda run: run.process.pid)
 
@@ -543,6 +562,47 @@ def rank_raises(bench: Bench, number: int) -> Trial:
     return bench.judge("a rank raises", how, plugin, run.folder, run.finish(), codes=[1], says="RuntimeError: planted")
 
 
+def sigstop_of_a_rank(bench: Bench, number: int) -> Trial:
+    """Stop a rank at a random moment: it neither works nor dies, nor does SIGTERM reach it."""
+    plugin, rank = PLUGINS[number % len(PLUGINS)], bench.draw.randrange(2)
+    run = Run(bench.new_folder(), *plugin.split(), "--hang_timeout", str(HANG_TIMEOUT_S))
+    run.wait_for_step(SAVE_STEPS + 2)
+    pid = run.rank(rank)
+    run.since = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    ended = run.finish()
+    says = (f"error: rank {rank} of 2 (host ", f"pid {pid}) has not answered for {HANG_TIMEOUT_S} s", "T (stopped)")
+    problems = [f"does not say {text!r}:\n{ended.output}" for text in says if text not in ended.output]
+    if ended.output.count(", line ") < 2:
+        problems.append(f"shows no stacks:\n{ended.output}")
+    fault, how = "SIGSTOP of a rank", f"{plugin}, rank {rank}, --hang_timeout {HANG_TIMEOUT_S}"
+    return bench.judge(fault, how, plugin, run.folder, ended, codes=[1]).with_problems(problems)
+
+
+def rank_stands_still(bench: Bench, number: int) -> Trial:
+    """A rank's loop sleeps in its forward pass, while its threads live."""
+    plugin, planted = PLUGINS[number % 3], PLANTED.format(step=BAD_STEP, harm=STAND_STILL)
+    run = Run(bench.new_folder(), *plugin.split(), "--hang_timeout", str(HANG_TIMEOUT_S), planted=planted)
+    run.wait_for_step(BAD_STEP - 1)
+    ended = run.finish()
+    problems = [] if "in planted" in ended.output else [f"does not show the place:\n{ended.output}"]
+    fault, how = "a rank stands still", f"{plugin}, rank 1 in step {BAD_STEP}, --hang_timeout {HANG_TIMEOUT_S}"
+    says = f"has been at step {BAD_STEP} in forward"
+    return bench.judge(fault, how, plugin, run.folder, ended, codes=[1], says=says).with_problems(problems)
+
+
+def slow_rank(bench: Bench, number: int) -> Trial:
+    """A rank takes long over each forward pass: the run goes on, and says which one."""
+    planted = PLANTED.replace("== 2 *", ">= 2 *").format(step=1, harm=SLOW)
+    run = Run(bench.new_folder(), *PLUGINS[0].split(), planted=planted)
+    ended = run.finish(START_LIMIT_S)
+    problems = list(end_problems(ended, [0], "rank 1 of 2 is slow: "))
+    if ended.output.count(" is slow: ") != 1:
+        problems.append(f"does not say so once:\n{ended.output}")
+    fault, how = "a slow rank", f"{PLUGINS[0]}, rank 1"
+    return Trial(fault, how, ended.code, ended.seconds, ended.orphans, None, tuple(problems))
+
+
 def planted_nan(bench: Bench, number: int) -> Trial:
     """One micro-batch of one rank turns into NaN, in a step that would be saved."""
     return not_finite(bench, "a NaN in the data path", PLUGINS[number % 3], NAN, f"the loss of step {BAD_STEP} is nan")
@@ -615,6 +675,7 @@ def unwritable(folder: Path) -> Iterator[tuple[Path, str]]:
 
 # How often each is tried.
 FAULTS: dict[Callable[[Bench, int], Trial], int] = {
+    sigkill_with_restart: 2,
     sigterm_to_the_launcher: 1,
     sigterm_to_torchrun: 1,
     sigterm_again_during_the_save: 1,
@@ -627,6 +688,9 @@ FAULTS: dict[Callable[[Bench, int], Trial], int] = {
     flipped_bit: 1,
     truncated_shard: 1,
     rank_raises: 1,
+    sigstop_of_a_rank: 4,
+    rank_stands_still: 1,
+    slow_rank: 1,
     planted_nan: 1,
     planted_nan_gradient: 1,
 }

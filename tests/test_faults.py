@@ -121,7 +121,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_a_checkpoint(monkeypa
     monkeypatch.setattr(trainer.dist, "all_reduce", lambda *arguments, **options: None)
     engine = SimpleNamespace(
         args=TrainArgs(precision="bf16"),
-        runtime=SimpleNamespace(device="cpu", on_cpu=True),
+        runtime=SimpleNamespace(device="cpu", on_cpu=True, rank=0, world_size=1, is_main=True),
+        forward_is_local=True,
         dp_size=1,
         counts=False,
         learning_rate=1e-3,
@@ -148,3 +149,8 @@ def test_a_run_that_overwrites_another_leaves_no_checkpoint_that_last_could_take
     (tmp_path / "metrics.jsonl").touch()
     recorder._remove_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_after_a_killed_rank_max_restarts_lets_the_run_go_on_to_the_losses_of_an_undisturbed_one(tmp_path):
+    trial = faults.sigkill_with_restart(Bench(tmp_path, random.Random(0)), 0)
+    assert trial.code == 0 and trial.problems == ()

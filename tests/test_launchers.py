@@ -323,6 +323,13 @@ def test_several_machines_meet_at_a_rendezvous(launch: Launcher) -> None:
     )
 
 
+def test_restarts_are_torchruns_and_off_unless_asked_for(launch: Launcher) -> None:
+    assert "--max_restarts" not in launch("run_clm.sh", "4").torchrun_flags
+    assert launch("run_clm.sh", "4", MAX_RESTARTS="3").torchrun_flags[-2:] == ["--max_restarts", "3"]
+    done = launch("run_clm.sh", "4", MAX_RESTARTS="often")
+    assert done.exit_code == 2 and "MAX_RESTARTS: got 'often'" in done.stderr
+
+
 def test_one_machine_ignores_the_master_that_a_cluster_exports(launch: Launcher) -> None:
     done = launch("run_clm.sh", "4", NNODES="1", NODE_RANK="0", MASTER_ADDR="node0", MASTER_PORT="1")
     assert done.torchrun_flags[0] == "--standalone"
