@@ -27,17 +27,17 @@ HOST_CUDA_PROCESS_BYTES = int(1.8 * GIB)
 # Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
 # go to the host layer by layer as they are drawn.
 WEIGHTS_ROOM = 0.4
-# A compiled layer keeps this much more of each token than its tensors add up to, whatever its width: measured on an H200
-# at 125m, 350m and 1.3b (0.84, 0.85 and 0.47 GiB); the cause is not known.
-COMPILED_LAYER_BYTES = 2400
+# A compiled layer keeps about this much more of each token than its tensors add up to, whatever its width: measured on
+# an H100 at 125m and 1.3b; statistics of LayerNorm and attention are part of it.
+COMPILED_LAYER_BYTES = 400
 # Pinned blocks are rounded up to a power of two; the mean of that factor over all sizes is 2 ln 2. Estimate.
 PINNED_ROUNDING = 1.39
 # Share of the limit that a setting must leave free to be called fitting: fragmentation and our own error. Estimate.
 FIT_MARGIN = 0.05
 # Log-softmax's backward holds three fp32 matrices of the logits' size: its output, and the gradients of both sides.
 EAGER_LOGIT_BYTES = 12
-# Compiled together with the model: 16-bit logits and one fp32 pass. Estimate, from 19.8 GiB at 125m, 32 x 1024.
-COMPILED_LOGIT_BYTES = 6
+# Compiled by itself, the loss keeps 16-bit logits and makes their 16-bit gradients: measured on an H100.
+COMPILED_LOGIT_BYTES = 4
 # LowLevelZeroPlugin's and HybridParallelPlugin's bucket of 12 x 2^20 elements, and its flattened copy.
 BUCKET_ELEMENTS = 2 * 12 * 2**20
 # Gemini's chunks: an eighth of the layers, at most this many elements (colossal_ext/gemini_chunks.py).

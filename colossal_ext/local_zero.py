@@ -100,7 +100,6 @@ class MasterWeights(dict[nn.Parameter, Tensor]):
                 begin, master = end, pinned[begin:end].copy_(master)
             self[parameter] = master
             parameter.data = parameter.data.to(device).to(dtype)
-        self._pinned = pinned
 
 
 def offloaded(parameters: Iterable[nn.Parameter], offload_frac: float) -> Iterator[nn.Parameter]:

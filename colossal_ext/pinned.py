@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pinned_empty(numel: int) -> Tensor:
-    """Return (numel,) fp32 on the host, page-locked while this tensor lives, whatever becomes of views of it.
+    """Return (numel,) fp32 on the host, page-locked for as long as the tensor or a view of it is there.
 
     `torch.empty(pin_memory=True)` takes the next power of two of bytes.
 
