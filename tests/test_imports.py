@@ -21,9 +21,21 @@ ALLOWED = {
     "report": {"benchmarks"},  # when it is run itself, to compare two sweeps
     "hardware": set(),
     "planner": {"args", "opt_sizes"},
+    "placement": set(),
+    "scaling": {"planner", "report"},
 }
 LOW = ("planner", "strategy", "model", "data", "checkpoint")
-TORCH_FREE = ("args", "opt_sizes", "report", "planner", "hardware", "benchmarks.sweep", "benchmarks.compare")
+TORCH_FREE = (
+    "args",
+    "opt_sizes",
+    "report",
+    "planner",
+    "hardware",
+    "placement",
+    "scaling",
+    "benchmarks.sweep",
+    "benchmarks.compare",
+)
 
 
 def imports_of(path: Path) -> set[str]:

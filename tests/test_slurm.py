@@ -26,7 +26,7 @@ exit "${CODE:-0}"
 # srun stays until its step has ended, and ends with its code; scancel reaches the step alone.
 SRUN = 'SLURM_NODEID=1 "$@" & echo $! >"$NOTES/step"; wait $!'
 SCANCEL = 'echo "$*" >>"$NOTES/scancel"; [[ $* != *--batch* ]] && kill -s USR1 "$(cat "$NOTES/step")"'
-SCONTROL = 'if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "$*" >>"$NOTES/scontrol"; fi'
+SCONTROL = 'case "$1 $2" in "show hostnames") printf "node7\\nnode8\\n" ;; "show job") echo "JobState=${STATE:-RUNNING}" ;; *) echo "$*" >>"$NOTES/scontrol" ;; esac'
 
 
 @pytest.fixture
@@ -67,10 +67,17 @@ def test_every_node_starts_one_launcher_with_its_rank_that_goes_on_from_the_last
     assert notes(cluster, "launched") == f"1 of 2 at node7:20041: {flags}\n"
 
 
-@pytest.mark.parametrize("code", [1, 2, 3, 138])
-def test_a_run_that_fails_or_that_nobody_warned_ends_the_job_with_its_code(cluster, code):
-    assert ended(start(cluster, "8", "0", "13b", "--output_dir", "x", CODE=str(code))) == (code, "")
+@pytest.mark.parametrize(("code", "state"), [(1, "RUNNING"), (2, "RUNNING"), (3, "RUNNING"), (143, "CANCELLED")])
+def test_a_run_that_fails_or_that_was_cancelled_ends_the_job_with_its_code(cluster, code, state):
+    job = start(cluster, "8", "0", "13b", "--output_dir", "x", CODE=str(code), STATE=state)
+    assert ended(job) == (code, "")
     assert notes(cluster, "scontrol") == ""
+
+
+def test_a_run_that_a_preemption_ended_is_queued_again(cluster):
+    job = start(cluster, "8", "0", "13b", "--output_dir", "x", CODE="143")
+    assert ended(job) == (143, "job 41 saved a checkpoint and is queued again\n")
+    assert notes(cluster, "scontrol") == "requeue 41\n"
 
 
 def test_at_usr1_the_steps_are_told_waited_for_and_the_job_is_queued_again(cluster):
