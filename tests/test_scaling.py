@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import scaling
 from args import TrainArgs, problems
+from benchmarks import scaling as page
 from conftest import ROOT
 from opt_sizes import OPT_SHAPES
 from planner import PlanRequest, model_shape
@@ -121,3 +123,60 @@ def test_the_plan_of_a_cluster_is_printed_without_torch_and_without_a_gpu():
 def test_gpus_and_nodes_without_plan_are_refused():
     (problem,) = problems(TrainArgs(nodes=2), world_size=1, num_gpus=1, gpus_per_node=1)
     assert "need --plan" in problem
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def result(**changes):
+    """What a run on two H100 leaves, as far as the page reads it."""
+    args = asdict(TrainArgs(model_name_or_path="1.3b", per_device_train_batch_size=8, from_scratch=True))
+    args |= {"plugin": "low_level_zero", "precision": "bf16", "zero_stage": 1, "gradient_checkpointing": "0"}
+    args |= {"compile": "on"} | changes.pop("args", {})
+    device = {"name": "NVIDIA H100 80GB HBM3", "count": 2, "memory_gib": 79.6}
+    speed, memory = {"tokens_per_s": 100_000.0}, {"peak_allocated_gib": 24.0}
+    return {"status": "ok", "args": args, "device": device, "throughput": speed, "memory": memory} | changes
+
+
+def test_a_measured_run_stands_beside_the_prediction_of_its_own_settings(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text(json.dumps(result()))
+    (run,) = page.read_runs(tmp_path)
+    expected = predict(request(world_size=2), Machines(2)).tokens_per_s
+    assert run.prediction.tokens_per_s == pytest.approx(expected)
+    assert run.error == pytest.approx(expected / 100_000 - 1)
+    text = page.measured_text([run])
+    assert "| 1.3b, low_level_zero, ZeRO 1 | NVIDIA H100 80GB HBM3 | 2 | 100,000 | 114," in text
+    assert text.endswith("The largest error of 1 runs is 14%.")
+
+
+def test_a_measured_pipeline_has_the_micro_batches_that_the_run_had():
+    args = {"plugin": "hybrid_parallel", "zero_stage": 0, "tp": 1, "pp": 2}
+    run = page.measured(result(args=args))
+    assert run and run.prediction.request.num_microbatches == 8 and run.prediction.request.batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": "oom"},
+        {"throughput": None},
+        {"device": {"name": "cpu", "count": 2, "memory_gib": None}},
+        {"args": {"model_name_or_path": "a/folder"}},
+        {"args": {"gradient_accumulation_steps": 2}},
+    ],
+)
+def test_a_run_that_says_nothing_of_these_predictions_is_left_out(changes):
+    assert page.measured(result(**changes)) is None
+
+
+def test_the_tables_of_the_page_are_those_that_its_command_makes():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert page.clusters_text() in text
+    assert page.replaced(text, "new").count("new") == text.count("new") + 1
+    with pytest.raises(ValueError, match="lacks the lines"):
+        page.replaced("no marks", "new")
+
+
+def test_a_cluster_on_which_nothing_fits_has_a_row_that_says_so():
+    assert "| 8 | none fits |" in page.clusters_text()
