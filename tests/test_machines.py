@@ -39,8 +39,9 @@ def losses_of_two(folder: Path, *machines: dict[str, str], prefixes=((), ())) ->
     for prefix, machine in zip(prefixes, machines, strict=True):
         command = [*prefix, "bash", str(ROOT / "run_clm_synthetic.sh"), *words]
         environment = os.environ | own | machine
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        launchers.append(subprocess.Popen(command, env=environment, **pipes))
+        launchers.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(outputs)
     result = json.loads((folder / "result.json").read_text())
