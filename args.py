@@ -82,7 +82,7 @@ class TrainArgs:
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
     step_in_backward: str = flag("parallelism", "auto", "low_level_zero on one GPU: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
-    hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life, or without progress in a step after the first, until a rank is reported as hung, with stacks, and the run ends; 0: off", type=float)
+    hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life until a rank is reported as hung, with stacks, and the run ends; the same for a step after the first that does not get on, but at least three times its longest phase so far; 0: off", type=float)
     allow_cpu_fp16: bool = flag("parallelism", False, "rehearse fp16 on a CPU (slow; for tests)")
 
     output_dir: str | None = flag("output", None, "folder for results; off: outputs/<model>-<plugin>-<time>")
