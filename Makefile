@@ -6,7 +6,7 @@ else
 bin := .venv/bin/
 endif
 python := $(if $(bin),$(bin)python,$(or $(PYTHON),python3))
-shell_files := $(wildcard *.sh tests/*.sh benchmarks/*.sh) .ci/run
+shell_files := $(wildcard *.sh tests/*.sh benchmarks/*.sh slurm/*.sbatch) .ci/run
 shfmt := $(bin)shfmt --indent 2
 
 .PHONY: help check fix test setup

@@ -82,7 +82,7 @@ class TrainArgs:
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
     step_in_backward: str = flag("parallelism", "auto", "low_level_zero on one GPU: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
-    hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life, or without progress in a step after the first, until a rank is reported as hung, with stacks, and the run ends; 0: off", type=float)
+    hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life until a rank is reported as hung, with stacks, and the run ends; the same for a step after the first that does not get on, but at least three times its longest phase so far; 0: off", type=float)
     allow_cpu_fp16: bool = flag("parallelism", False, "rehearse fp16 on a CPU (slow; for tests)")
 
     output_dir: str | None = flag("output", None, "folder for results; off: outputs/<model>-<plugin>-<time>")
@@ -95,6 +95,8 @@ class TrainArgs:
     save_final: bool = flag("output", True, "write final/, a Hugging Face folder with the trained model", negatable=True)
     export_dtype: str = flag("output", "auto", "type of the weights in final/ and in what --export writes; auto: 16 bits, the run's own type, bf16 after an fp32 run", choices=("auto", "bf16", "fp16", "fp32"))
     plan: bool = flag("output", False, "only print the predicted memory of every plugin's main settings and what auto takes; touches no GPU; without one, --mem_cap says how much it has; with --output_dir also as plan.json")
+    gpus: int | None = flag("output", None, "--plan: GPUs of a machine, though none is here; off: those of this run", type=int)
+    nodes: int = flag("output", 1, "--plan: machines of --gpus each; with either, step time, tokens/s and MFU are predicted too", type=int)
     eval_only: bool = flag("output", False, "only print the perplexity of the model, train nothing")
     prompt: tuple[str, ...] = flag("output", (), "continue this text with the trained model; repeatable", action="append", metavar="TEXT")
     num_samples: int = flag("output", 0, "texts to generate from the start token after training; 0: off", type=int)
@@ -190,7 +192,7 @@ def _number_problems(args: TrainArgs) -> list[str]:
     at_least = {
         "block_size": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": 1, "logging_steps": 1,
-        "tp": 1, "pp": 1, "max_train_samples": 1, "max_eval_samples": 1, "num_microbatches": 0,
+        "tp": 1, "pp": 1, "gpus": 1, "nodes": 1, "max_train_samples": 1, "max_eval_samples": 1, "num_microbatches": 0,
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
         "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
@@ -215,6 +217,8 @@ def _number_problems(args: TrainArgs) -> list[str]:
         found.append(f"--gradient_checkpointing {checkpointing}: must be auto, on, off or a number of layers")
     if (args.num_warmup_steps or args.warmup_ratio) and args.lr_scheduler_type == "constant":
         found.append("--lr_scheduler_type constant: has no warm-up; use constant_with_warmup")
+    if not args.plan and (args.gpus or args.nodes != 1):
+        found.append("--gpus and --nodes: need --plan; a run takes its processes from the launcher")
     if args.num_warmup_steps and args.warmup_ratio:
         found.append("--num_warmup_steps and --warmup_ratio: give one of them")
     return found

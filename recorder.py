@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import hardware
+import placement
 import report
 from args import TrainArgs
 from checkpoint import Found
@@ -86,9 +87,19 @@ class Recorder:
             f"{info.dropped_tokens:,} dropped"
         )
         log.info(f"plan    {job.choice.reason}")
+        self._say_layout()
         log.info(
             f"run     {num_steps:,} steps on {job.process.world_size} x {job.process.device_name}, in {self.folder}"
         )
+
+    def _say_layout(self) -> None:
+        args, process = self.job.args, self.job.process
+        if args.replica_size == 1 and process.world_size == process.local_world_size:
+            return
+        axes = placement.axes(args.tp, args.pp, world_size=process.world_size, gpus=process.local_world_size)
+        log.info(f"layout  {placement.describe(axes)}")
+        if warning := placement.warning(axes):
+            log.warning(warning)
 
     def on_step(self, result: StepResult) -> None:
         """Record a step, and log it where `--logging_steps` says so."""

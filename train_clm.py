@@ -63,13 +63,15 @@ def print_plan(args: TrainArgs) -> int:
     """Print what every plugin would take for this command, without torch and without touching a GPU; return 0 or 2."""
     import hardware
     import planner
+    import scaling
 
     if int(os.environ.get("RANK", 0)):
         return 0
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    gpus = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    world_size = gpus * args.nodes
     sizes = [gpu.memory_gib for gpu in hardware.visible_gpus() if gpu.memory_gib]
-    gpu_gib = min(sizes, default=args.mem_cap * 1e9 / planner.GIB or None)
-    num_gpus = world_size if gpu_gib else 0
+    gpu_gib = min(sizes, default=args.mem_cap * 1e9 / planner.GIB or (scaling.GPU_GIB if args.gpus else None))
+    num_gpus = gpus if gpu_gib else 0
     if found := problems(args, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
         print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
         return 2
@@ -78,10 +80,17 @@ def print_plan(args: TrainArgs) -> int:
     except ConfigError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
-    where = (args, shape, world_size, gpu_gib, hardware.host_memory_gib())
-    choice = planner.resolve_auto(*where, dropout=dropout)
-    others = planner.alternatives(*where, choice=choice, dropout=dropout)
+    host_gib = None if args.gpus else hardware.host_memory_gib()  # of a machine that is not this one nothing is known
+    where = (args, shape, world_size, gpu_gib, host_gib)
+    choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
+    others = planner.alternatives(*where, choice=choice, dropout=dropout) if args.nodes == 1 else []
     print(planner.table(choice, others))
+    if gpu_gib and world_size > 1:
+        job = scaling.Job(
+            shape, args.per_device_train_batch_size, min(args.block_size, shape.max_positions), gpu_gib, dropout
+        )
+        machines = scaling.Machines(gpus, args.nodes)
+        print(f"\nspeed on {machines}: {scaling.ORIGIN}\n{scaling.text_table(scaling.compare(job, machines))}")
     if args.output_dir:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,8 @@ from runtime import EXIT_ERROR, Runtime, leave_now
 
 # A step goes through these in turn. Compilation, saving and evaluation take as long as they take.
 STEP_PHASES = ("data", "forward", "backward", "update")
+FIRST = "first "
+PATIENCE = 3  # a phase may take this many times as long as the longest before it, on a slow machine beyond the timeout
 BEATS = 10  # within the timeout
 LONGEST_INTERVAL_S = 5.0
 STACK_SIGNAL = signal.SIGUSR2
@@ -42,18 +44,35 @@ HANG_KEY = "hang"
 
 
 class Pulse:
-    """Where this rank's loop is. The loop writes it, a plain assignment, and the watchdog reads it."""
+    """Where this rank's loop is. The loop writes it, a plain assignment, and the watchdog reads it.
+
+    Args:
+        longest_s: the longest phase of a step so far. The first step compiles, and counts only until the third begins.
+    """
 
     def __init__(self) -> None:
         self.place = ("start", 0, time.monotonic())
+        self.longest_s = 0.0
+        self._longest_later_s = 0.0
         self._first_step: int | None = None
 
     def mark(self, phase: str, step: int) -> None:
         """Note that the loop enters a phase of a step."""
+        now = time.monotonic()
         self._first_step = step if self._first_step is None else self._first_step
-        # The first step compiles: nobody can say how long that may take.
-        phase = f"first {phase}" if step == self._first_step and phase in STEP_PHASES else phase
-        self.place = (phase, step, time.monotonic())
+        self._take_time(now)
+        if step == self._first_step + 2:
+            self.longest_s = self._longest_later_s
+        # Nobody can say how long the first step may take.
+        phase = f"{FIRST}{phase}" if step == self._first_step and phase in STEP_PHASES else phase
+        self.place = (phase, step, now)
+
+    def _take_time(self, now: float) -> None:
+        phase, _, since = self.place
+        if phase.removeprefix(FIRST) in STEP_PHASES:
+            self.longest_s = max(self.longest_s, now - since)
+        if phase in STEP_PHASES:
+            self._longest_later_s = max(self._longest_later_s, now - since)
 
 
 @dataclass(frozen=True)
@@ -199,7 +218,8 @@ class Watchdog(threading.Thread):
         A silent rank stops the others too: its own finding comes first by the two beats that are waited for here.
         """
         phase, _, since = self.pulse.place
-        if phase not in STEP_PHASES or time.monotonic() - since < self.timeout_s + 2 * self.interval_s:
+        patience_s = max(self.timeout_s, PATIENCE * self.pulse.longest_s) + 2 * self.interval_s
+        if phase not in STEP_PHASES or time.monotonic() - since < patience_s:
             return None
         beats = [beat for rank in range(self.runtime.world_size) if (beat := self._read(rank)) and not beat.done]
         if any(beat.phase not in STEP_PHASES for beat in beats):

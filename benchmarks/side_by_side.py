@@ -1,8 +1,10 @@
-"""Ours and other ways to train the same model, in turn on one device, and the table of their speeds with ratios.
+"""Ours and other ways to train the same model, in turn on the same devices, and the table of their speeds with ratios.
 
     python -m benchmarks.side_by_side --case speed        # one GPU: every plugin and every peer, 125m and 1.3b
     python -m benchmarks.side_by_side --case offload      # one GPU under a memory cap: DeepSpeed's ZeRO-Offload and ours
+    python -m benchmarks.side_by_side --case gpus         # 1, 2, 4, ... GPUs of a machine: every plugin, FSDP2, DeepSpeed
     python -m benchmarks.side_by_side --case cpu          # a few minutes on two cores: `tiny`
+    python -m benchmarks.side_by_side --case ranks        # the same on one and on two gloo ranks: FSDP2 and ours
 
 A run is a process of its own with a time limit, and a round of all contestants is made `--rounds` times. Ours are runs
 of train_clm.py, read from its result.json; peers are the scripts of benchmarks/peers. `table.md` and `table.json` are
@@ -27,6 +29,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hardware
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +44,7 @@ class Setting:
         recompute: activations of every layer, for the contestants that do not choose themselves.
         mem_cap_gb: in 10^9 bytes; 0: none.
         max_grad_norm: 0: no clipping.
+        gpus: processes, one a GPU; the batch is that of each.
     """
 
     model: str
@@ -49,9 +53,15 @@ class Setting:
     recompute: bool = False
     mem_cap_gb: float = 0.0
     max_grad_norm: float = 1.0
+    gpus: int = 1
 
     def __str__(self) -> str:
-        parts = [self.model, f"batch {self.batch_size}", f"length {self.block_size}"]
+        parts = [
+            self.model,
+            *[f"{self.gpus} GPUs"] * (self.gpus > 1),
+            f"batch {self.batch_size}",
+            f"length {self.block_size}",
+        ]
         parts += ["recompute"] if self.recompute else []
         parts += [f"cap {self.mem_cap_gb:g} GB"] if self.mem_cap_gb else []
         parts += [f"clipped at {self.max_grad_norm:g}" if self.max_grad_norm else "no clipping"]
@@ -74,16 +84,18 @@ class Contestant:
         peer: the module in benchmarks/peers; None: ours.
         flags: its own, after the shared ones.
         chooses_recompute: the setting's `recompute` is not forced on it: it may spend free memory as it likes.
+        min_gpus: fewer are not enough for it.
     """
 
     name: str
     peer: str | None
     flags: tuple[str, ...] = ()
     chooses_recompute: bool = False
+    min_gpus: int = 1
 
 
-def _ours(plugin: str, *flags: str, name: str = "", chooses_recompute: bool = False) -> Contestant:
-    return Contestant(name or plugin, None, ("--plugin", plugin, *flags), chooses_recompute)
+def _ours(plugin: str, *flags: str, name: str = "", chooses_recompute: bool = False, min_gpus: int = 1) -> Contestant:
+    return Contestant(name or plugin, None, ("--plugin", plugin, *flags), chooses_recompute, min_gpus)
 
 
 def _deepspeed(name: str, *flags: str) -> Contestant:
@@ -124,6 +136,7 @@ class Case:
         num_workers: loader processes of every contestant.
         device_init: peers draw their weights on the GPU: large models are minutes in the making otherwise.
         needs_gb: GPU memory below which a model is left out, unless --models names it.
+        scales: every setting is run on each number of GPUs that --gpus names.
     """
 
     baseline: str
@@ -131,8 +144,27 @@ class Case:
     num_workers: int = 0
     device_init: bool = False
     needs_gb: dict[str, float] = field(default_factory=dict)
+    scales: bool = False
 
 
+def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ...]:
+    return (
+        *peers,
+        _ours("torch_ddp"),
+        _ours("low_level_zero"),
+        _ours("low_level_zero", "--zero_stage", "2", name="low_level_zero_2", min_gpus=2),
+        _ours("gemini"),
+        _ours("hybrid_parallel", "--tp", "2", name="hybrid_tp2", min_gpus=2),
+    )
+
+
+GPUS_CONTESTANTS = _scaling_contestants(
+    peers=(
+        Contestant("fsdp2_compile", "fsdp2"),
+        _deepspeed("deepspeed_zero2", "--stage", "2"),
+        _deepspeed("deepspeed_zero3", "--stage", "3"),
+    )
+)
 SPEED_CONTESTANTS = (
     PLAIN,
     PLAIN_COMPILE,
@@ -162,6 +194,28 @@ CASES = {
         device_init=True,
         needs_gb={"6.7b": 79},
     ),
+    # 6.7b has layers recomputed: 16 bytes a parameter fill an H100 by themselves, and all shall do the same work.
+    "gpus": Case(
+        "fsdp2_compile",
+        (
+            Entry(Setting("1.3b", 8, max_grad_norm=0), GPUS_CONTESTANTS),
+            Entry(Setting("6.7b", 4, recompute=True, max_grad_norm=0), GPUS_CONTESTANTS),
+        ),
+        num_workers=2,
+        device_init=True,
+        needs_gb={"1.3b": 39},
+        scales=True,
+    ),
+    "ranks": Case(
+        "fsdp2",
+        (
+            Entry(
+                Setting("tiny", 4, block_size=128),
+                _scaling_contestants(peers=[Contestant("fsdp2", "fsdp2", ("--no-compile",))]),
+            ),
+        ),
+        scales=True,
+    ),
     "cpu": Case(
         "plain",
         (
@@ -186,6 +240,7 @@ class Outcome:
         status: ok, skipped, oom, nan, refused, killed, timeout or error.
         seconds: of the whole process.
         ready_s: from the command to the end of the first step.
+        gpus: of this run; `alone` is the setting on one of them.
     """
 
     setting: str
@@ -209,6 +264,8 @@ class Outcome:
     ready_s: float | None = None
     first_loss: float | None = None
     last_loss: float | None = None
+    gpus: int = 1
+    alone: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,9 +284,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(_key(each) == key and each.status == "ok" and each.command == command for each in done):
             continue
         print(f"{entry.setting}: {contestant.name}, round {round_}", file=sys.stderr, flush=True)
-        log = folder / "logs" / f"{entry.setting.model}-{contestant.name}-{round_}.txt"
-        outcome = run(command, log, limit_s=options.limit_seconds)
+        log = folder / "logs" / f"{entry.setting.model}-{entry.setting.gpus}-{contestant.name}-{round_}.txt"
+        outcome = run(command, log, limit_s=options.limit_seconds, gpus=entry.setting.gpus)
+        alone = str(replace(entry.setting, gpus=1))
         outcome = replace(outcome, setting=key[0], name=contestant.name, is_ours=contestant.peer is None, round=round_)
+        outcome = replace(outcome, gpus=entry.setting.gpus, alone=alone)
         print(f"  {_line(outcome)}", file=sys.stderr, flush=True)
         done = [each for each in done if _key(each) != key] + [outcome]
         write(folder, done, baseline)
@@ -248,6 +307,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants; off: all of the case")
     parser.add_argument(
         "--models", nargs="+", metavar="SIZE", help="sizes; off: those of the case that the GPU can hold"
+    )
+    parser.add_argument(
+        "--gpus",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="processes of a case that scales; off: 1, 2, 4, ... as there are",
     )
     parser.add_argument("--steps", type=int, default=20, help="steps a run, of which 5 are warm-up (default: 20)")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each contestant, in turn (default: 1)")
@@ -270,7 +336,7 @@ def chosen_entries(case: Case, options: argparse.Namespace) -> list[Entry]:
     """Return the case's entries for these options, without the models that the GPU cannot hold."""
     memory_gb = gpu_memory_gb() if case.needs_gb else 0.0
     chosen = []
-    for entry in case.entries:
+    for entry in scaled(case, options.gpus):
         setting = entry.setting
         if options.models is None and memory_gb < case.needs_gb.get(setting.model, 0):
             print(f"{setting}: left out, the GPU has {memory_gb:.0f} GB; --models takes it in", file=sys.stderr)
@@ -284,14 +350,30 @@ def chosen_entries(case: Case, options: argparse.Namespace) -> list[Entry]:
     return chosen
 
 
+def scaled(case: Case, numbers: Sequence[int] | None) -> Iterator[Entry]:
+    """Yield the entries of a case on each number of GPUs, with those contestants that it is enough for."""
+    if not case.scales:
+        yield from case.entries
+        return
+    for entry in case.entries:
+        for gpus in numbers or powers_of_two(len(gpu_memories_gb()) or 2):
+            contestants = tuple(each for each in entry.contestants if each.min_gpus <= gpus)
+            yield Entry(replace(entry.setting, gpus=gpus), contestants)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4, ... up to `most`."""
+    return [2**exponent for exponent in range(most.bit_length())]
+
+
 def gpu_memory_gb() -> float:
     """Return the memory of the first GPU in 10^9 bytes, 0 without one."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    except FileNotFoundError:
-        return 0.0
-    return float(answer[0]) * 2**20 / 1e9 if answer and answer[0].isdecimal() else 0.0
+    return next(iter(gpu_memories_gb()), 0.0)
+
+
+def gpu_memories_gb() -> list[float]:
+    """Return the memory of each GPU that CUDA_VISIBLE_DEVICES leaves, in 10^9 bytes."""
+    return [gpu.memory_gib * 2**30 / 1e9 for gpu in hardware.visible_gpus() if gpu.memory_gib]
 
 
 def planned(entries: Sequence[Entry], rounds: int) -> Iterator[tuple[Entry, Contestant, int]]:
@@ -306,11 +388,14 @@ def command_of(contestant: Contestant, setting: Setting, case: Case, options: ar
     """Return the shell line of a run. Ours and the peers get the same flags for the job."""
     shared = [*setting.flags(), "--max_train_steps", str(options.steps)]
     shared += ["--dataloader_num_workers", str(case.num_workers)]
+    python = [sys.executable]
+    if setting.gpus > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setting.gpus)]
     if contestant.peer:
-        start = [sys.executable, "-m", f"benchmarks.peers.{contestant.peer}", *shared]
+        start = [*python, "-m", f"benchmarks.peers.{contestant.peer}", *shared]
         start += ["--recompute"] * setting.recompute + ["--device_init"] * case.device_init
         return shlex.join([*start, *contestant.flags])
-    start = [sys.executable, str(ROOT / "train_clm.py"), "--dataset", "synthetic", "--from_scratch", *shared]
+    start = [*python, str(ROOT / "train_clm.py"), "--dataset", "synthetic", "--from_scratch", *shared]
     start += ["--logging_steps", str(options.steps), "--eval_strategy", "no", "--save_strategy", "no"]
     start += ["--no-save_final", "--overwrite_output_dir", "--output_dir", str(folder.resolve())]
     if not contestant.chooses_recompute:
@@ -318,14 +403,16 @@ def command_of(contestant: Contestant, setting: Setting, case: Case, options: ar
     return shlex.join([*start, *contestant.flags])
 
 
-def run(command: str, log: Path, *, limit_s: float) -> Outcome:
-    """Run a command on one GPU and return what it measured; the caller fills in who it was."""
+def run(command: str, log: Path, *, limit_s: float, gpus: int = 1) -> Outcome:
+    """Run a command on the first GPUs and return what it measured; the caller fills in who it was."""
     arguments = shlex.split(command)
     folder = Path(arguments[arguments.index("--output_dir") + 1]) if "--output_dir" in arguments else None
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     if gpu_memory_gb():
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:gpus])
     if folder:
         (folder / "result.json").unlink(missing_ok=True)
     started = time.time()
@@ -333,9 +420,23 @@ def run(command: str, log: Path, *, limit_s: float) -> Outcome:
         code = run_group(arguments, file, environment, limit_s=limit_s)
     result = read_ours(folder) if folder else read_peer(log)
     outcome = outcome_of(result, started)
-    status = "timeout" if code is None else EXIT_STATUS.get(code, "error") if code else result.get("status", "error")
+    status = status_of(code, result.get("status"))
     notes = outcome.notes or ("" if status == "ok" else last_line(log))
     return replace(outcome, status=status, command=command, seconds=time.time() - started, notes=notes)
+
+
+def status_of(code: int | None, told: str | None) -> str:
+    """Return how a run ended.
+
+    Args:
+        code: None: it ran out of time. torchrun makes 1 of every code but 0.
+        told: what its result says.
+    """
+    if code is None:
+        return "timeout"
+    if code == 0:
+        return told or "error"
+    return EXIT_STATUS.get(code) or (told if told and told != "ok" else "error")
 
 
 def run_group(command: Sequence[str], log: Any, environment: dict[str, str], *, limit_s: float) -> int | None:
@@ -426,24 +527,41 @@ class Row:
     Args:
         to_baseline, to_best_peer: its tokens/s over the other's in the same round, median over rounds; None where one
             of the two has no speed.
+        scaling: its tokens/s over those of as many runs on one GPU.
     """
 
     outcome: Outcome
     to_baseline: float | None
     to_best_peer: float | None
+    scaling: float | None = None
 
 
-def make_rows(outcomes: Sequence[Outcome], baseline: str) -> list[Row]:
-    """Return a line for each contestant of one setting, in the order of their first run."""
+def make_rows(outcomes: Sequence[Outcome], baseline: str, on_one_gpu: Sequence[Outcome] = ()) -> list[Row]:
+    """Return a line for each contestant of one setting, in the order of their first run.
+
+    Args:
+        on_one_gpu: outcomes of the same setting there.
+    """
     by_name: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_name.setdefault(outcome.name, []).append(outcome)
     peers = {name: each for name, each in by_name.items() if not each[0].is_ours and typical(each).tokens_per_s}
     best = max(peers, key=lambda name: typical(peers[name]).tokens_per_s or 0.0, default=None)
     return [
-        Row(typical(each), ratio(each, by_name.get(baseline, ())), ratio(each, by_name[best] if best else ()))
+        Row(
+            typical(each),
+            ratio(each, by_name.get(baseline, ())),
+            ratio(each, by_name[best] if best else ()),
+            scaling(each, [other for other in on_one_gpu if other.name == each[0].name]),
+        )
         for each in by_name.values()
     ]
+
+
+def scaling(rounds: Sequence[Outcome], on_one_gpu: Sequence[Outcome]) -> float | None:
+    """Return the share of perfect scaling that several GPUs reach; None for one, or without a run on one."""
+    speedup = ratio(rounds, on_one_gpu)
+    return None if speedup is None or rounds[0].gpus == 1 else speedup / rounds[0].gpus
 
 
 def typical(rounds: Sequence[Outcome]) -> Outcome:
@@ -469,6 +587,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tokens/s", lambda row: _number(row.outcome.tokens_per_s, ",.0f")),
     ("x baseline", lambda row: _number(row.to_baseline, ".2f")),
     ("x best peer", lambda row: _number(row.to_best_peer, ".2f")),
+    ("scaling", lambda row: _number(row.scaling, ".1%")),
     ("step ms, median (p10, p90)", lambda row: _step(row.outcome.step_ms)),
     ("model TFLOP/s", lambda row: _number(row.outcome.model_tflops, ".3g")),
     ("GPU GiB allocated", lambda row: _number(row.outcome.peak_allocated_gib, ".1f")),
@@ -483,10 +602,10 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 def by_setting(outcomes: Sequence[Outcome], baseline: str) -> dict[str, list[Row]]:
     """Return the rows of each table, in the order in which the settings were first run."""
-    settings = dict.fromkeys(outcome.setting for outcome in outcomes)
-    return {
-        setting: make_rows([each for each in outcomes if each.setting == setting], baseline) for setting in settings
-    }
+    settings: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        settings.setdefault(outcome.setting, []).append(outcome)
+    return {setting: make_rows(each, baseline, settings.get(each[0].alone, ())) for setting, each in settings.items()}
 
 
 def markdown(tables: dict[str, list[Row]], baseline: str, *, head: str) -> str:
@@ -515,7 +634,12 @@ def write(folder: Path, outcomes: Sequence[Outcome], baseline: str) -> None:
     tables = by_setting(outcomes, baseline)
     page = markdown(tables, baseline, head=heading(outcomes))
     rows = [
-        {**asdict(row.outcome), "to_baseline": row.to_baseline, "to_best_peer": row.to_best_peer}
+        {
+            **asdict(row.outcome),
+            "to_baseline": row.to_baseline,
+            "to_best_peer": row.to_best_peer,
+            "scaling": row.scaling,
+        }
         for table_rows in tables.values()
         for row in table_rows
     ]

@@ -22,9 +22,22 @@ ALLOWED = {
     "hardware": set(),
     "speed": {"report"},
     "planner": {"args", "opt_sizes", "speed"},
+    "placement": set(),
+    "scaling": {"planner", "report"},
 }
 LOW = ("planner", "strategy", "model", "data", "checkpoint")
-TORCH_FREE = ("args", "opt_sizes", "report", "speed", "planner", "hardware", "benchmarks.sweep", "benchmarks.compare")
+TORCH_FREE = (
+    "args",
+    "opt_sizes",
+    "report",
+    "speed",
+    "planner",
+    "hardware",
+    "placement",
+    "scaling",
+    "benchmarks.sweep",
+    "benchmarks.compare",
+)
 
 
 def imports_of(path: Path) -> set[str]:

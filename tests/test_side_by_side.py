@@ -65,10 +65,14 @@ def test_the_table_has_a_line_a_contestant_and_a_dash_for_what_was_not_measured(
 def test_every_command_of_a_case_is_one_that_its_script_takes(name, tmp_path, monkeypatch):
     case, options = CASES[name], parse(["--case", name])
     assert case.baseline in {each.name for each in case.entries[0].contestants}
-    for entry in case.entries:
+    for entry in side_by_side.scaled(case, [1, 2]):
         for contestant in entry.contestants:
             line = command_of(contestant, entry.setting, case, options, tmp_path)
             arguments = shlex.split(line)
+            if entry.setting.gpus > 1:
+                launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+                assert arguments[1 : 1 + len(launcher)] == launcher
+                del arguments[1 : 1 + len(launcher)]
             if contestant.peer is None:
                 assert parse_args(arguments[2:]).max_train_steps == 20
                 continue
@@ -79,6 +83,68 @@ def test_every_command_of_a_case_is_one_that_its_script_takes(name, tmp_path, mo
             module.main()
             assert jobs[0].args.mem_cap == entry.setting.mem_cap_gb and jobs[0].recompute == entry.setting.recompute
             assert jobs[0].peer == contestant.name
+
+
+def test_a_case_that_scales_is_run_on_every_number_of_gpus_by_those_it_is_enough_for():
+    one, two = side_by_side.scaled(CASES["ranks"], [1, 2])
+    assert [each.name for each in one.contestants] == ["fsdp2", "torch_ddp", "low_level_zero", "gemini"]
+    assert {each.name for each in two.contestants} - {each.name for each in one.contestants} == {
+        "low_level_zero_2",
+        "hybrid_tp2",
+    }
+    assert [str(entry.setting)[:12] for entry in (one, two)] == ["tiny, batch ", "tiny, 2 GPUs"]
+    assert side_by_side.powers_of_two(6) == [1, 2, 4]
+
+
+def test_scaling_is_the_speed_over_that_of_as_many_single_gpus():
+    alone = [outcome("ddp", 100.0), outcome("zero", 50.0)]
+    both = [
+        replace(outcome(name, speed), setting="two", gpus=2, alone="tiny")
+        for name, speed in (("ddp", 190.0), ("tp", 9.0))
+    ]
+    tables = by_setting([*alone, *both], "ddp")
+    assert [row.scaling for row in tables["tiny"]] == [None, None]
+    assert [row.scaling for row in tables["two"]] == [0.95, None]
+    assert "| 95.0% |" in side_by_side.markdown(tables, "ddp", head="")
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "status"),
+    [
+        (0, "ok", "ok"),
+        (0, None, "error"),
+        (1, "oom", "oom"),
+        (1, "ok", "error"),
+        (3, None, "oom"),
+        (None, "ok", "timeout"),
+    ],
+)
+def test_under_torchrun_a_run_that_fails_says_itself_how(code, told, status):
+    assert side_by_side.status_of(code, told) == status
+
+
+def test_a_peer_and_ours_on_two_ranks_have_equal_losses_and_one_result(tmp_path):
+    flags = [
+        "--case",
+        "ranks",
+        "--gpus",
+        "2",
+        "--only",
+        "fsdp2",
+        "torch_ddp",
+        "--steps",
+        "7",
+        "--output",
+        str(tmp_path),
+    ]
+    handler = signal.getsignal(signal.SIGTERM)
+    assert side_by_side.main(flags) == 0
+    signal.signal(signal.SIGTERM, handler)
+    peer, ours = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert (peer["status"], ours["status"]) == ("ok", "ok"), (peer, ours)
+    assert (peer["gpus"], ours["gpus"]) == (2, 2)
+    assert (ours["first_loss"], ours["last_loss"]) == pytest.approx((peer["first_loss"], peer["last_loss"]), 1e-5)
+    assert (tmp_path / "logs" / "tiny-2-fsdp2-1.txt").read_text().count('{"status"') == 1
 
 
 def test_an_unknown_contestant_is_refused_with_those_there_are(capsys):

@@ -83,6 +83,16 @@ def test_the_first_step_of_a_process_which_compiles_is_never_called_a_hang():
     assert [place in watchdog.STEP_PHASES for place in places] == [False, False, False, True]
 
 
+def test_the_longest_phase_of_a_step_is_known_and_the_first_step_is_forgotten_once_another_has_been_seen(monkeypatch):
+    clock = iter([0.0, 1.0, 101.0, 103.0, 110.0, 120.0, 121.0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
+    pulse, longest = Pulse(), []
+    for phase, step in (("data", 9), ("update", 9), ("data", 10), ("update", 10), ("checkpoint", 10), ("data", 11)):
+        pulse.mark(phase, step)
+        longest.append(pulse.longest_s)
+    assert longest == [0.0, 100.0, 100.0, 100.0, 100.0, 10.0]
+
+
 @pytest.mark.parametrize(("timeout_s", "world_size"), [(0.0, 2), (300.0, 1)])
 def test_nobody_watches_a_single_rank_or_without_a_timeout(timeout_s, world_size):
     with watchdog.watching(SimpleNamespace(world_size=world_size), timeout_s) as pulse:

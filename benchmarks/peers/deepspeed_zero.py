@@ -59,11 +59,10 @@ def train(job: Job, options: argparse.Namespace) -> None:
         return loss
 
     job.train(train_step)
-    torch.distributed.destroy_process_group()
 
 
 def name_ranks() -> None:
-    """Tell DeepSpeed that this process is the whole run, as its launcher would; else it looks for MPI."""
+    """Tell DeepSpeed that this process is the whole run, where torchrun has not: else it looks for MPI."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

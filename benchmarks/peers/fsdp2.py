@@ -7,6 +7,8 @@ Parameters, moments and the gradients that the optimizer sees are fp32.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,25 +21,32 @@ from runtime import start_process_group
 
 def main() -> None:
     """Parse the flags and run."""
-    run(Job("fsdp2_compile", parser(__doc__).parse_args()), train)
+    flags = parser(__doc__)
+    flags.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile each layer"
+    )
+    options = flags.parse_args()
+    job = Job("fsdp2_compile" if options.compile else "fsdp2", options)
+    run(job, lambda job: train(job, compiled=options.compile))
 
 
-def shard(job: Job, model: nn.Module) -> None:
-    """Compile and shard every layer, then shard what stands outside of them."""
+def shard(job: Job, model: nn.Module, *, compiled: bool) -> None:
+    """Compile and shard every layer, then shard what stands outside of them; each moves to the device by itself."""
     mesh = init_device_mesh(job.device.type, (job.runtime.world_size,))
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.decoder.layers:  # type: ignore[union-attr]
-        layer.compile()
+        if compiled:
+            layer.compile()
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def train(job: Job) -> None:
+def train(job: Job, *, compiled: bool) -> None:
     """Run the plain loop over a sharded model."""
     start_process_group(job.runtime, timeout_s=600)
-    model = job.build_model().to(job.device)
-    shard(job, model)
+    model = job.build_model()
+    shard(job, model, compiled=compiled)
     optimizer = torch.optim.AdamW(parameter_groups(model, job.args.weight_decay), lr=job.learning_rate, fused=True)
     scheduler = job.schedule(optimizer)
     parameters = list(model.parameters())
@@ -53,7 +62,6 @@ def train(job: Job) -> None:
         return loss
 
     job.train(train_step)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

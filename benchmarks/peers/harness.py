@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -27,7 +28,7 @@ from args import TrainArgs
 from model import opt_config
 from opt_sizes import OPT_SHAPES
 from planner import model_shape
-from runtime import EXIT_NAN, EXIT_OK, EXIT_OOM, current_runtime
+from runtime import EXIT_NAN, EXIT_OK, EXIT_OOM, current_runtime, leave_now
 
 Batch = dict[str, Tensor]
 
@@ -155,14 +156,14 @@ class Job:
             tokenizer=None,
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_position_embeddings,
-            global_batch_size=self.args.per_device_train_batch_size,
+            global_batch_size=self.args.global_batch_size(self.runtime.world_size),
         )
         assert prepared.train is not None
         return prepared.train
 
     def order(self, rows: data.TokenRows) -> data.EpochSampler:
-        """Return the order in which train_clm.py takes the rows in its first epoch."""
-        make = functools.partial(data.EpochSampler, rows, 1, 0, True)
+        """Return the order in which this rank of train_clm.py takes its rows in the first epoch."""
+        make = functools.partial(data.EpochSampler, rows, self.runtime.world_size, self.runtime.rank, True)
         return make(seed=self.args.seed, batch_size=self.args.per_device_train_batch_size, group_by_length=False)
 
     def batches(self) -> Iterator[Batch]:
@@ -195,10 +196,18 @@ class Job:
                 torch.cuda.synchronize()
             self.first_step_time_s = time.time()
 
-    def result(self, status: str) -> dict[str, Any]:
-        """Return the essentials of result.json, with `notes` and the Unix time at which the first step was done."""
+    def result(self, status: str, *, alone: bool = False) -> dict[str, Any]:
+        """Return the essentials of result.json, with `notes` and the Unix time at which the first step was done.
+
+        A collective, where there are other ranks.
+
+        Args:
+            alone: only this rank is here.
+        """
+        alone = alone or not dist.is_initialized()
+        losses = [float(loss) for loss in (self.losses if alone else self._mean_losses())]
         args = self.args
-        rows_per_step = args.per_device_train_batch_size
+        rows_per_step = args.global_batch_size(self.runtime.world_size)
         meter = report.StepMeter()
         for seconds in self.clock.seconds() if status == "ok" else []:
             meter.add(seconds, tokens=rows_per_step * args.block_size, samples=rows_per_step)
@@ -206,30 +215,41 @@ class Job:
         recomputed_layers = self.shape.num_layers if self.recompute else 0
         flops = report.token_flops(shape, args.block_size, recomputed_layers=recomputed_layers)
         peak = report.peak_of(self.runtime.device_name, self.precision)
-        throughput = meter.throughput(flops, num_devices=1, peak=peak)
+        throughput = meter.throughput(flops, num_devices=self.runtime.world_size, peak=peak)
         return {
             "status": status,
             "plugin": self.peer,
-            "device": asdict(report.Device(self.runtime.device_name, 1, self.runtime.device_memory_gib)),
+            "device": asdict(
+                report.Device(self.runtime.device_name, self.runtime.world_size, self.runtime.device_memory_gib)
+            ),
             "versions": report.versions(),
             "steps": len(self.losses),
-            "train_loss": [[step, float(loss)] for step, loss in enumerate(self.losses, start=1)],
+            "train_loss": [[step, loss] for step, loss in enumerate(losses, start=1)],
             "throughput": asdict(throughput) if throughput else None,
-            "memory": asdict(self._memory()),
+            "memory": asdict(self._memory(alone=alone)),
             "first_step_time_s": self.first_step_time_s,
             "notes": "; ".join(self.notes),
         }
 
-    def _memory(self) -> report.Memory:
+    def _mean_losses(self) -> list[Tensor]:
+        """Return each step's mean over the ranks, whose rows are equally many and equally long. A collective."""
+        losses = torch.stack(self.losses)
+        dist.all_reduce(losses)
+        return list(losses / self.runtime.world_size)
+
+    def _memory(self, *, alone: bool) -> report.Memory:
+        """Return the maxima over the ranks. A collective, unless `alone`."""
+        peaks = [0, 0] if self.runtime.on_cpu else [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+        maxima = torch.tensor(
+            [*peaks, report.host_peak_rss_gib() * report.GIB], dtype=torch.float64, device=self.device
+        )
+        if not alone:
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        allocated, reserved, host = (maxima / report.GIB).tolist()
         cap_gib = self.args.mem_cap * 1e9 / report.GIB if self.args.mem_cap else None
         if self.runtime.on_cpu:
-            return report.Memory(None, None, cap_gib, report.host_peak_rss_gib())
-        return report.Memory(
-            torch.cuda.max_memory_allocated() / report.GIB,
-            torch.cuda.max_memory_reserved() / report.GIB,
-            cap_gib,
-            report.host_peak_rss_gib(),
-        )
+            return report.Memory(None, None, cap_gib, host)
+        return report.Memory(allocated, reserved, cap_gib, host)
 
 
 def run(job: Job, body: Callable[[Job], None], *, needs: str | None = None) -> None:
@@ -249,12 +269,18 @@ def run(job: Job, body: Callable[[Job], None], *, needs: str | None = None) -> N
         body(job)
     except torch.OutOfMemoryError as error:
         job.notes.append(str(error).splitlines()[0])
-        _finish(job.result("oom"), EXIT_OOM)
-    if not all(math.isfinite(loss) for loss in job.losses):
-        _finish({**job.result("nan"), "train_loss": []}, EXIT_NAN)
-    _finish(job.result("ok"), EXIT_OK)
+        print(json.dumps(job.result("oom", alone=True)), flush=True)
+        leave_now(EXIT_OOM)  # the other ranks wait for this one
+    result = job.result("ok")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not all(math.isfinite(loss) for _, loss in result["train_loss"]):
+        _finish({**result, "status": "nan", "train_loss": []}, EXIT_NAN)
+    _finish(result, EXIT_OK)
 
 
 def _finish(result: dict[str, Any], code: int) -> None:
-    print(json.dumps(result), flush=True)
+    """Print the result, once for all ranks, and end the process."""
+    if current_runtime().is_main:
+        print(json.dumps(result), flush=True)
     sys.exit(code)

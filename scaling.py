@@ -1,0 +1,332 @@
+"""Predicted step time, tokens/s, MFU and memory of a setting on any number of GPUs and machines. No torch import.
+
+Times are arithmetic over measured rates; where a rate was not measured it says ASSUMPTION. docs/scaling.md has the
+formulae; `python -m benchmarks.scaling` makes its tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import report
+from planner import GIB, ModelShape, Plan, PlanRequest, plan, stage_params
+
+GPU_GIB = 79.6  # of an H100, as torch sees it
+ORIGIN = "predicted from the rates of one H100 (scaling.py), across machines 400 Gb/s a GPU assumed; not measured"
+
+# Rates of one H100 SXM unless they say otherwise.
+MATRIX_FLOPS = 787e12  # measured: bf16, 8192^3
+PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
+# Share of MATRIX_FLOPS that forward and backward reach. Compiled: 1.3b, batch 8 x 1024, low_level_zero on one H200, whose
+# step takes 142 ms of which the update is 9. As it stands: ASSUMPTION.
+COMPILED_SHARE, EAGER_SHARE = 0.64, 0.5
+HBM_BYTES_S = 0.9 * 3.35e12  # data sheet; 0.9 of it: ASSUMPTION
+# Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
+NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
+NIC_BYTES_S = 50e9  # ASSUMPTION: one 400 Gb/s InfiniBand port for each GPU
+LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
+PINNED_BYTES_S = 54e9  # measured: host to device, and back
+HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
+# An update reads and writes fp32 weight and two moments, reads a 16-bit gradient, writes a 16-bit weight.
+UPDATE_BYTES = 3 * 8 + 2 + 2
+DDP_BUCKET_BYTES = 25 * 2**20  # torch's default; the last one meets no more backward pass to hide behind
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Equal machines.
+
+    Args:
+        gpus: of one machine.
+    """
+
+    gpus: int
+    nodes: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.gpus * self.nodes
+
+    def __str__(self) -> str:
+        return f"{self.gpus} GPUs" if self.nodes == 1 else f"{self.nodes} machines of {self.gpus} GPUs"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that meet in a collective.
+
+    Args:
+        local: how many of them share a machine.
+    """
+
+    size: int
+    local: int
+
+    @property
+    def bytes_s(self) -> float:
+        """Bus bandwidth: that of NVLink inside a machine; across machines, no more than its members' ports together."""
+        inside = NVLINK_BYTES_S[min((n for n in NVLINK_BYTES_S if n >= self.local), default=max(NVLINK_BYTES_S))]
+        if self.size <= self.local:
+            return inside
+        ports = self.local * NIC_BYTES_S
+        return min(inside, ports) if self.local > 1 else ports
+
+    def all_reduce_s(self, num_bytes: float, *, calls: int = 1) -> float:
+        """Return the seconds of all-reduces of `num_bytes` together: 2 (n - 1) / n of them pass each GPU's link."""
+        return 2 * self.gather_s(num_bytes, calls=calls)
+
+    def gather_s(self, num_bytes: float, *, calls: int = 1) -> float:
+        """Return the same of all-gathers, or of reduce-scatters, of `num_bytes` as they are when whole."""
+        if self.size == 1:
+            return 0.0
+        latency_s = calls * LATENCY_S * math.log2(self.size)
+        return (self.size - 1) / self.size * num_bytes / self.bytes_s + latency_s
+
+
+def groups(request: PlanRequest, machines: Machines) -> dict[str, Group]:
+    """Return the groups of a rank by axis. tp takes neighbouring ranks, then pp, then dp (ColossalAI's mesh)."""
+    found, stride = {}, 1
+    for axis, size in (("tp", request.tp), ("pp", request.pp), ("dp", request.dp_size)):
+        found[axis] = Group(size, local=max(1, min(size, machines.gpus // stride)))
+        stride *= size
+    return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step in which the GPU computes, or waits for what is named.
+
+    Args:
+        bubble: stages of a pipeline that have no micro-batch.
+        layers: all-reduces of tensor parallelism.
+        stages: activations and their gradients, between stages.
+        weights: gathers of parameters.
+        gradients: the part of their exchange that the backward pass does not hide.
+        update: Adam on the GPU.
+        host: Adam on the host, with its copies.
+    """
+
+    compute: float
+    bubble: float = 0.0
+    layers: float = 0.0
+    stages: float = 0.0
+    weights: float = 0.0
+    gradients: float = 0.0
+    update: float = 0.0
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A setting on some machines.
+
+    Args:
+        tokens_per_s: of all GPUs.
+        mfu: share of PEAK_FLOPS, recomputation not counted.
+    """
+
+    request: PlanRequest
+    machines: Machines
+    step: Step
+    plan: Plan
+    tokens_per_s: float
+    mfu: float
+
+
+def predict(request: PlanRequest, machines: Machines) -> Prediction:
+    """Return what a step of one micro-batch a replica takes."""
+    step = _step(request, machines)
+    tokens = request.batch_size * request.block_size * request.dp_size
+    flops = report.token_flops(request.shape, request.block_size).model
+    tokens_per_s = tokens / step.total
+    mfu = tokens_per_s * flops / machines.world_size / PEAK_FLOPS
+    return Prediction(request, machines, step, plan(request), tokens_per_s, mfu)
+
+
+def _step(request: PlanRequest, machines: Machines) -> Step:
+    along = groups(request, machines)
+    compute_s = _compute_s(request)
+    gradients_s, weights_s = _exchange_s(request, along["dp"], backward_s=_backward_share(request) * compute_s)
+    layers_s = _layers_s(request, along["tp"])
+    stages_s = _stages_s(request, along["pp"])
+    # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works.
+    idle = (request.pp - 1) / request.num_microbatches
+    share = stage_params(request) / _state_shards(request)
+    return Step(
+        compute=compute_s,
+        bubble=idle * (compute_s + layers_s),
+        layers=layers_s,
+        stages=stages_s,
+        weights=weights_s,
+        gradients=gradients_s,
+        update=(1 - request.offload_optim_frac) * share * UPDATE_BYTES / HBM_BYTES_S,
+        host=_host_s(request, request.offload_optim_frac * share, machines.gpus),
+    )
+
+
+def _compute_s(request: PlanRequest) -> float:
+    flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
+    tokens = request.batch_size * request.block_size
+    reached = MATRIX_FLOPS * (COMPILED_SHARE if request.compiled else EAGER_SHARE)
+    return tokens * flops.hardware / (request.tp * request.pp) / reached
+
+
+def _backward_share(request: PlanRequest) -> float:
+    """Return the backward pass's part of the computation: two of three, and what it recomputes."""
+    flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
+    return 1 - flops.model / 3 / flops.hardware
+
+
+def _state_shards(request: PlanRequest) -> int:
+    """Return among how many ranks a stage's optimizer states are divided."""
+    shards_states = request.plugin in ("low_level_zero", "gemini") or request.zero_stage > 0
+    return request.dp_size if shards_states else 1
+
+
+def _exchange_s(request: PlanRequest, group: Group, *, backward_s: float) -> tuple[float, float]:
+    """Return the seconds in which the GPU waits for gradients, and for parameters.
+
+    torch_ddp all-reduces fp32 gradients, the others 16-bit ones; ZeRO 2 and Gemini scatter them. ZeRO gathers the new
+    16-bit parameters after the update; Gemini gathers every chunk for the forward pass, and again for the backward
+    pass, and by default fetches none ahead. A pipeline exchanges gradients when its last micro-batch is done.
+    """
+    if group.size == 1:
+        return 0.0, 0.0
+    num_params, item = stage_params(request), request.item_bytes
+    gradient_bytes = num_params * (4 if request.plugin.startswith("torch_ddp") else item)
+    scatters = request.plugin == "gemini" or request.zero_stage == 2
+    calls = math.ceil(gradient_bytes / DDP_BUCKET_BYTES)
+    exchange = group.gather_s if scatters else group.all_reduce_s
+    whole_s = exchange(gradient_bytes, calls=calls)
+    hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s * (1 - 1 / calls))
+    gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
+    return whole_s - hidden_s, gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
+
+
+def _layers_s(request: PlanRequest, group: Group) -> float:
+    """Return the seconds of tensor parallelism: two all-reduces a layer forward and two backward, none hidden."""
+    shape, tokens = request.shape, request.batch_size * request.block_size
+    layers = (4 * shape.num_layers + 2 * request.checkpointed_layers) / request.pp
+    calls = math.ceil(layers * request.num_microbatches)
+    return group.all_reduce_s(layers * tokens * shape.hidden_size * request.item_bytes, calls=calls)
+
+
+def _stages_s(request: PlanRequest, group: Group) -> float:
+    """Return the seconds in which a stage sends its output on and a gradient back, for every micro-batch."""
+    if group.size == 1:
+        return 0.0
+    num_bytes = 2 * request.batch_size * request.block_size * request.shape.hidden_size * request.item_bytes
+    link = NIC_BYTES_S if group.size > group.local else NVLINK_BYTES_S[2]
+    return num_bytes / link + 2 * request.num_microbatches * LATENCY_S
+
+
+def _host_s(request: PlanRequest, num_params: float, ranks: int) -> float:
+    """Return the seconds of an update on the host, whose cores the ranks of a machine share: the copies run meanwhile."""
+    return max(num_params * ranks * HOST_UPDATE_S, num_params * (request.item_bytes + 4) / PINNED_BYTES_S)
+
+
+# ---------------------------------------------------------------------------- choice
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained.
+
+    Args:
+        rows: of one GPU in a step, whatever the plugin.
+        gpu_gib: memory of one GPU.
+    """
+
+    shape: ModelShape
+    rows: int
+    block_size: int
+    gpu_gib: float
+    dropout: bool = True
+
+
+def best(job: Job, machines: Machines, plugin: str) -> Prediction | None:
+    """Return the fastest setting of a plugin that is predicted to fit, None without one."""
+    fitting = [
+        each for each in (predict(setting, machines) for setting in settings(job, machines, plugin)) if each.plan.fits
+    ]
+    return max(fitting, key=lambda each: each.tokens_per_s, default=None)
+
+
+def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]:
+    """Yield the settings of a plugin: without and with recompute, ZeRO stages, and tp (inside a machine) x pp."""
+    base = PlanRequest(
+        job.shape, plugin, "bf16", machines.world_size, job.rows, job.block_size, gpu_gib=job.gpu_gib,
+        processes_per_host=machines.gpus, dropout=job.dropout, random_weights=True,
+    )  # fmt: skip
+    stages = {"low_level_zero": (1, 2), "hybrid_parallel": (0, 1)}.get(plugin, (0,))
+    layouts = [(1, 1)] if plugin != "hybrid_parallel" else list(_layouts(job.shape, machines))
+    for recomputed in (0, job.shape.num_layers):
+        for stage in stages:
+            for tp, pp in layouts:
+                rows = job.rows * tp * pp
+                yield replace(
+                    base,
+                    batch_size=rows,
+                    zero_stage=stage,
+                    tp=tp,
+                    pp=pp,
+                    num_microbatches=max(n for n in range(1, 4 * pp + 1) if rows % n == 0) if pp > 1 else 1,
+                    checkpointed_layers=recomputed,
+                    compiled=plugin != "gemini" and tp == pp == 1,
+                )
+
+
+def _layouts(shape: ModelShape, machines: Machines) -> Iterator[tuple[int, int]]:
+    """Yield tp and pp, powers of two that divide GPUs and layers; tp stays in a machine."""
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4, 8, 16):
+            if machines.gpus % tp == 0 and machines.world_size % (tp * pp) == 0 and shape.num_layers % pp == 0:
+                yield tp, pp
+
+
+PLUGINS = ("torch_ddp", "low_level_zero", "gemini", "hybrid_parallel")
+
+
+def compare(job: Job, machines: Machines) -> list[Prediction]:
+    """Return each plugin's best setting, fastest first; a plugin that does not fit is left out."""
+    found = [each for plugin in PLUGINS if (each := best(job, machines, plugin))]
+    return sorted(found, key=lambda each: -each.tokens_per_s)
+
+
+def setting_of(request: PlanRequest) -> str:
+    """Return the flags of a setting, shortened."""
+    parts = [request.plugin]
+    parts += [f"tp {request.tp}"] * (request.tp > 1) + [f"pp {request.pp}"] * (request.pp > 1)
+    parts += [f"ZeRO {request.zero_stage}"] * (request.zero_stage > 0)
+    parts += ["recompute"] * (request.checkpointed_layers > 0)
+    return ", ".join(parts)
+
+
+HEAD = (
+    "setting", "GPU GiB", "step s", "tokens/s", "MFU", "compute", "bubble", "tp", "pp", "weights", "gradients", "update",
+    "host",
+)  # fmt: skip
+
+
+def cells(prediction: Prediction) -> list[str]:
+    """Return a prediction under HEAD: the parts of the step as shares of it."""
+    step = prediction.step
+    shares = [f"{part / step.total:.0%}" if part else "-" for part in asdict(step).values()]
+    return [
+        setting_of(prediction.request), f"{prediction.plan.total_bytes / GIB:.1f}", f"{step.total:.2f}",
+        f"{prediction.tokens_per_s:,.0f}", f"{prediction.mfu:.0%}", *shares,
+    ]  # fmt: skip
+
+
+def text_table(predictions: Sequence[Prediction]) -> str:
+    """Return predictions as aligned text."""
+    rows = [list(HEAD), *map(cells, predictions)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines if predictions else ["no plugin is predicted to fit"])

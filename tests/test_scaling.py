@@ -1,0 +1,182 @@
+"""scaling.py in the cases whose answer is known without it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+import scaling
+from args import TrainArgs, problems
+from benchmarks import scaling as page
+from conftest import ROOT
+from opt_sizes import OPT_SHAPES
+from planner import PlanRequest, model_shape
+from scaling import NIC_BYTES_S, NVLINK_BYTES_S, Group, Job, Machines, groups, predict
+
+SHAPE = model_shape(OPT_SHAPES["1.3b"])
+
+
+def request(plugin: str = "low_level_zero", world_size: int = 1, **changes: object) -> PlanRequest:
+    base = PlanRequest(SHAPE, plugin, "bf16", world_size, 8, 1024, zero_stage=1, compiled=True, gpu_gib=scaling.GPU_GIB)
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("plugin", ["torch_ddp", "low_level_zero", "gemini", "hybrid_parallel"])
+def test_one_gpu_computes_and_updates_and_waits_for_nobody(plugin):
+    step = predict(request(plugin), Machines(1)).step
+    assert {name for name, seconds in asdict(step).items() if seconds} == {"compute", "update"}
+
+
+def test_one_gpu_reaches_the_share_of_the_ceiling_that_was_put_in():
+    prediction = predict(request(), Machines(1))
+    flops = 8 * 1024 * (6 * SHAPE.matrix_params + 6 * SHAPE.num_layers * SHAPE.hidden_size * 1024)
+    assert prediction.step.compute == pytest.approx(flops / (0.64 * 787e12))
+    assert prediction.mfu == pytest.approx(flops / prediction.step.total / 989.4e12)
+    assert prediction.tokens_per_s == pytest.approx(8 * 1024 / prediction.step.total)
+
+
+def test_the_row_that_the_compiled_share_was_taken_from_is_met():
+    assert predict(request(), Machines(1)).tokens_per_s == pytest.approx(57704, rel=0.05)  # README, one H200
+
+
+def test_an_all_reduce_of_1_gib_runs_at_the_measured_bus_bandwidth():
+    for size, bus in NVLINK_BYTES_S.items():
+        seconds = Group(size, size).all_reduce_s(2**30, calls=0)
+        assert 2 * (size - 1) / size * 2**30 / seconds == pytest.approx(bus)
+
+
+def test_a_group_across_machines_is_as_fast_as_its_members_ports_and_never_faster_than_nvlink():
+    assert Group(2, 1).bytes_s == NIC_BYTES_S
+    assert Group(64, 4).bytes_s == 4 * NIC_BYTES_S
+    assert Group(64, 8).bytes_s == NVLINK_BYTES_S[8]
+
+
+def test_tp_lies_inside_a_machine_and_dp_across():
+    found = groups(request("hybrid_parallel", 64, tp=4, pp=2), Machines(8, 8))
+    assert found == {"tp": Group(4, 4), "pp": Group(2, 2), "dp": Group(8, 1)}
+
+
+def test_a_pipeline_without_communication_is_idle_for_p_minus_1_of_m_plus_p_minus_1_slots(monkeypatch):
+    monkeypatch.setattr(scaling, "LATENCY_S", 0.0)
+    setting = request("hybrid_parallel", 4, pp=4, num_microbatches=8, batch_size=32, zero_stage=0)
+    step = predict(setting, Machines(4)).step
+    assert step.bubble / (step.bubble + step.compute) == pytest.approx(3 / (8 + 3))
+
+
+def test_gradients_hide_behind_a_long_backward_pass_but_for_the_last_bucket(monkeypatch):
+    monkeypatch.setattr(scaling, "LATENCY_S", 0.0)
+    short, long = (predict(request(world_size=8, batch_size=rows), Machines(1, 8)).step for rows in (1, 512))
+    whole_s = Group(8, 1).all_reduce_s(2 * SHAPE.num_params)
+    assert long.gradients < 0.02 * whole_s
+    assert short.gradients == pytest.approx(whole_s - short.compute * 2 / 3, rel=0.1)
+
+
+def test_zero_2_scatters_half_of_what_zero_1_reduces():
+    one, two = (predict(request(world_size=8, batch_size=1, zero_stage=stage), Machines(1, 8)).step for stage in (1, 2))
+    assert two.gradients < one.gradients and two.weights == one.weights
+
+
+def test_tensor_parallelism_waits_four_times_a_layer_and_halves_the_rest(monkeypatch):
+    monkeypatch.setattr(scaling, "LATENCY_S", 0.0)
+    alone = predict(request("hybrid_parallel", zero_stage=0), Machines(1)).step
+    both = predict(request("hybrid_parallel", 2, tp=2, zero_stage=0), Machines(2)).step
+    num_bytes = 4 * SHAPE.num_layers * 8 * 1024 * SHAPE.hidden_size * 2
+    assert both.layers == pytest.approx(num_bytes / NVLINK_BYTES_S[2])
+    assert both.compute == pytest.approx(alone.compute / 2) and both.update == pytest.approx(alone.update / 2, rel=0.01)
+
+
+def test_recompute_costs_a_third_of_the_layers_and_no_mfu_is_claimed_for_it():
+    without, with_ = (predict(request(checkpointed_layers=layers), Machines(1)) for layers in (0, SHAPE.num_layers))
+    assert 1.25 < with_.step.compute / without.step.compute < 4 / 3
+    assert with_.mfu * with_.step.total == pytest.approx(without.mfu * without.step.total)
+
+
+def test_states_on_the_host_are_updated_by_the_cores_that_all_ranks_share():
+    one, four = (predict(request(world_size=gpus, offload_optim_frac=1.0), Machines(gpus)).step.host for gpus in (1, 4))
+    assert one == pytest.approx(SHAPE.num_params * 0.195e-9) and four == pytest.approx(one, rel=0.01)
+
+
+def test_a_comparison_holds_only_what_fits_fastest_first():
+    job = Job(model_shape(OPT_SHAPES["66b"]), 4, 2048, scaling.GPU_GIB)
+    assert scaling.compare(job, Machines(8)) == []
+    found = scaling.compare(job, Machines(8, 8))
+    assert all(each.plan.fits for each in found) and "torch_ddp" not in {each.request.plugin for each in found}
+    speeds = [each.tokens_per_s for each in found]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_the_plan_of_a_cluster_is_printed_without_torch_and_without_a_gpu():
+    words = "--plan --model_name_or_path 66b --gpus 8 --nodes 8 --per_device_train_batch_size 4".split()
+    done = subprocess.run(
+        [sys.executable, "train_clm.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "speed on 8 machines of 8 GPUs: predicted" in done.stdout
+    assert re.search(r"hybrid_parallel, .*pp \d+.* \d+,\d{3} +\d+%", done.stdout)
+
+
+def test_gpus_and_nodes_without_plan_are_refused():
+    (problem,) = problems(TrainArgs(nodes=2), world_size=1, num_gpus=1, gpus_per_node=1)
+    assert "need --plan" in problem
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def result(**changes):
+    """What a run on two H100 leaves, as far as the page reads it."""
+    args = asdict(TrainArgs(model_name_or_path="1.3b", per_device_train_batch_size=8, from_scratch=True))
+    args |= {"plugin": "low_level_zero", "precision": "bf16", "zero_stage": 1, "gradient_checkpointing": "0"}
+    args |= {"compile": "on"} | changes.pop("args", {})
+    device = {"name": "NVIDIA H100 80GB HBM3", "count": 2, "memory_gib": 79.6}
+    speed, memory = {"tokens_per_s": 100_000.0}, {"peak_allocated_gib": 24.0}
+    return {"status": "ok", "args": args, "device": device, "throughput": speed, "memory": memory} | changes
+
+
+def test_a_measured_run_stands_beside_the_prediction_of_its_own_settings(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text(json.dumps(result()))
+    (run,) = page.read_runs(tmp_path)
+    expected = predict(request(world_size=2), Machines(2)).tokens_per_s
+    assert run.prediction.tokens_per_s == pytest.approx(expected)
+    assert run.error == pytest.approx(expected / 100_000 - 1)
+    text = page.measured_text([run])
+    assert "| 1.3b, low_level_zero, ZeRO 1 | NVIDIA H100 80GB HBM3 | 2 | 100,000 | 114," in text
+    assert text.endswith("The largest error of 1 runs is 14%.")
+
+
+def test_a_measured_pipeline_has_the_micro_batches_that_the_run_had():
+    args = {"plugin": "hybrid_parallel", "zero_stage": 0, "tp": 1, "pp": 2}
+    run = page.measured(result(args=args))
+    assert run and run.prediction.request.num_microbatches == 8 and run.prediction.request.batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": "oom"},
+        {"throughput": None},
+        {"device": {"name": "cpu", "count": 2, "memory_gib": None}},
+        {"args": {"model_name_or_path": "a/folder"}},
+        {"args": {"gradient_accumulation_steps": 2}},
+    ],
+)
+def test_a_run_that_says_nothing_of_these_predictions_is_left_out(changes):
+    assert page.measured(result(**changes)) is None
+
+
+def test_the_tables_of_the_page_are_those_that_its_command_makes():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert page.clusters_text() in text
+    assert page.replaced(text, "new").count("new") == text.count("new") + 1
+    with pytest.raises(ValueError, match="lacks the lines"):
+        page.replaced("no marks", "new")
+
+
+def test_a_cluster_on_which_nothing_fits_has_a_row_that_says_so():
+    assert "| 8 | none fits |" in page.clusters_text()
