@@ -235,7 +235,10 @@ class Trainer:
         runtime = self.engine.runtime
         own_s = [0.0] * runtime.world_size
         own_s[runtime.rank] = self._own_s
-        counts = torch.tensor([*own, self.stop.number > 0, *own_s], dtype=torch.float64, device=runtime.device)
+        counts = torch.tensor([*own, self.stop.number > 0, *own_s], dtype=torch.float64)
+        if not runtime.on_cpu:
+            # From pinned memory the copy waits for nothing; otherwise the device runs dry before each step.
+            counts = counts.pin_memory().to(runtime.device, non_blocking=True)
         dist.all_reduce(counts)
         return counts
 
@@ -300,6 +303,8 @@ def _progress_bar(num_steps: int, is_main: bool) -> tqdm:
 
 
 def _show(bar: tqdm, result: StepResult) -> None:
+    if bar.disable:
+        return
     memory = f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_available() else "host"
     bar.set_postfix(
         {"loss": f"{result.loss:.3f}", "tok/s": f"{result.num_tokens / result.seconds:,.0f}", "memory": memory},
