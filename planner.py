@@ -299,7 +299,7 @@ def stage_params(request: PlanRequest) -> int:
 
 def _states(request: PlanRequest) -> States:
     if request.plugin.startswith("torch_ddp"):
-        return _ddp_states(stage_params(request))
+        return _ddp_states(request)
     if request.plugin == "gemini":
         return _gemini_states(request)
     if request.plugin == "hybrid_parallel" and request.zero_stage == 0:
@@ -309,9 +309,14 @@ def _states(request: PlanRequest) -> States:
     return _zero_states(request)
 
 
-def _ddp_states(p: int) -> States:
-    """DDP replicates 16 bytes a parameter; gradients live in its buckets, which stay (gradient_as_bucket_view)."""
-    return States(4 * p, 4 * p, 4 * p, 4 * p, 0, 8 * p, 0)
+def _ddp_states(request: PlanRequest) -> States:
+    """DDP replicates 16 bytes a parameter; gradients live in its buckets, which stay (gradient_as_bucket_view).
+
+    On one rank (colossal_ext/local_ddp.py) there are no buckets.
+    """
+    p = stage_params(request)
+    stay = request.world_size > 1 or request.accumulates
+    return States(4 * p, 4 * p if stay else 0, 4 * p, 4 * p, 0, 8 * p, 0)
 
 
 def _zero_states(request: PlanRequest) -> States:

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from checkpoint import Found
 from data import PreparedData, TokenRows
 from model import ModelSource
 from planner import Choice, ModelShape
-from runtime import Runtime, log, writing
+from runtime import Runtime, log, process_age_s, writing
 from trainer import Evaluation, StepResult
 
 WARMUP_STEPS = 5  # left out of the throughput: compilation, autotuning, the allocator's growth
@@ -55,6 +55,7 @@ class Recorder:
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
+        self.startup = report.StartUp(connected_s=process_age_s())
         self.meter = report.StepMeter(WARMUP_STEPS)
         self.losses: list[tuple[int, float]] = []
         self.evaluation: report.Eval | None = None
@@ -79,6 +80,7 @@ class Recorder:
     def start(self, num_steps: int) -> None:
         """Print what will run, before the first step."""
         job, self.num_steps = self.job, num_steps
+        self.startup = replace(self.startup, built_s=process_age_s())
         weights = "pretrained" if job.source.pretrained else "random"
         info = job.rows.info
         log.info(f"model   {job.source.name}, {job.shape.num_params:,} parameters, {weights} weights")
@@ -103,6 +105,8 @@ class Recorder:
 
     def on_step(self, result: StepResult) -> None:
         """Record a step, and log it where `--logging_steps` says so."""
+        if not self.losses:
+            self.startup = replace(self.startup, first_step_s=process_age_s())
         self.losses.append((result.step, result.loss))
         self.meter.add(result.seconds, tokens=result.num_tokens, samples=result.num_samples)
         args = self.job.args
@@ -153,7 +157,7 @@ class Recorder:
         Args:
             alone: only this rank is here (it ran out of memory): no maxima over the others.
         """
-        job = self.job
+        job, memory = self.job, _memory(self.job, alone=alone)
         result = report.Result(
             status=status,
             command=shlex.join(sys.argv),
@@ -169,9 +173,11 @@ class Recorder:
             train_loss=self.losses,
             eval=self.evaluation,
             throughput=self.meter.throughput(self.flops, num_devices=job.process.world_size, peak=self.peak),
-            memory=_memory(job, alone=alone),
+            memory=memory,
             output_dir=str(self.folder),
             resumed_from=job.resume.manifest.progress.step if job.resume else None,
+            plan_check=_plan_check(job, memory),
+            startup=self.startup,
         )
         if job.process.is_main or alone:
             with writing(self.folder / "result.json"):
@@ -194,6 +200,15 @@ def _device(process: Runtime) -> report.Device:
     gpus = [] if process.on_cpu else hardware.visible_gpus()[: process.local_world_size]
     driver, link = gpus[0].driver if gpus else None, hardware.link_of(gpus)
     return report.Device(process.device_name, process.world_size, process.device_memory_gib, driver, link)
+
+
+def _plan_check(job: Job, memory: report.Memory) -> report.PlanCheck:
+    plan = job.choice.plan
+    return report.PlanCheck.of(
+        memory,
+        gpu_predicted_gib=plan.total_bytes / report.GIB,
+        host_predicted_gib=plan.host_bytes / report.GIB / job.process.local_world_size,
+    )
 
 
 def _memory(job: Job, *, alone: bool) -> report.Memory:

@@ -240,6 +240,7 @@ class Memory:
         outside_gib: on the GPU beside it at the end: CUDA context, loaded kernels, NCCL, and other processes.
         cap_gib: the limit in force, None without one.
         host_peak_rss_gib: resident memory of the largest rank's process.
+        headroom_gib: what the cap left free of the peak, None without a cap.
     """
 
     peak_allocated_gib: float | None
@@ -247,11 +248,58 @@ class Memory:
     cap_gib: float | None
     host_peak_rss_gib: float
     outside_gib: float | None = None
+    headroom_gib: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        cap, peak = self.cap_gib, self.peak_process_gib
+        object.__setattr__(self, "headroom_gib", None if cap is None or peak is None else cap - peak)
 
     @property
     def peak_process_gib(self) -> float | None:
         """What the GPU's driver sees of the process at its peak, None on a CPU."""
         return None if self.peak_reserved_gib is None else self.peak_reserved_gib + (self.outside_gib or 0.0)
+
+
+@dataclass(frozen=True)
+class PlanCheck:
+    """The plan beside what was measured; errors are relative to the latter. The GPU's are None on a CPU.
+
+    Args:
+        gpu_measured_gib: allocated at the peak, and what lies beside the allocator.
+        host_predicted_gib: of one process.
+    """
+
+    gpu_predicted_gib: float | None
+    gpu_measured_gib: float | None
+    gpu_error: float | None
+    host_predicted_gib: float
+    host_measured_gib: float
+    host_error: float
+
+    @classmethod
+    def of(cls, memory: Memory, *, gpu_predicted_gib: float, host_predicted_gib: float) -> PlanCheck:
+        """Return the comparison for a run's memory."""
+        host = memory.host_peak_rss_gib
+        host_numbers = (host_predicted_gib, host, host_predicted_gib / host - 1)
+        if memory.peak_allocated_gib is None:
+            return cls(None, None, None, *host_numbers)
+        measured = memory.peak_allocated_gib + (memory.outside_gib or 0.0)
+        return cls(gpu_predicted_gib, measured, gpu_predicted_gib / measured - 1, *host_numbers)
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """Seconds from the start of this rank's process, torchrun's own not counted.
+
+    Args:
+        connected_s: libraries imported, settings checked, data found, process group made.
+        built_s: model built, data loaded.
+        first_step_s: first step done, with compilation; None where there was none.
+    """
+
+    connected_s: float
+    built_s: float | None = None
+    first_step_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +315,7 @@ class Result:
         steps: optimizer steps done by this process, without those before `resumed_from`.
         train_loss: (step, loss) of each logged step.
         throughput: None where no step was done.
+        plan_check: None where nothing was planned.
     """
 
     status: Status
@@ -286,6 +335,8 @@ class Result:
     memory: Memory
     output_dir: str | None = None
     resumed_from: int | None = None
+    plan_check: PlanCheck | None = None
+    startup: StartUp | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes None."""
@@ -512,6 +563,10 @@ def summary(result: Result) -> list[str]:
     if result.throughput:
         lines += _speed_lines(result.throughput)
     lines.append(f"memory      {_memory_text(result.memory)}")
+    if result.plan_check:
+        lines.append(f"planned     {_plan_text(result.plan_check)}")
+    if result.startup and result.startup.first_step_s is not None:
+        lines.append(f"started     first step done {result.startup.first_step_s:.1f} s after the process began")
     if result.output_dir:
         lines.append(f"files       {result.output_dir}")
     return lines
@@ -531,9 +586,19 @@ def _memory_text(memory: Memory) -> str:
     host = f"host {memory.host_peak_rss_gib:.2f} GiB"
     if memory.peak_allocated_gib is None:
         return host
-    cap = f", cap {memory.cap_gib:.2f}" if memory.cap_gib is not None else ""
+    cap = (
+        f", {memory.headroom_gib:.2f} below the cap of {memory.cap_gib:.2f}" if memory.headroom_gib is not None else ""
+    )
     reserved = f", {memory.peak_reserved_gib:.2f} reserved" if memory.peak_reserved_gib is not None else ""
     return f"GPU {memory.peak_allocated_gib:.2f} GiB allocated{reserved}{cap}; {host}"
+
+
+def _plan_text(check: PlanCheck) -> str:
+    host = f"host {check.host_predicted_gib:.2f} GiB for {check.host_measured_gib:.2f} ({check.host_error:+.1%})"
+    if check.gpu_error is None:
+        return host
+    gpu = f"GPU {check.gpu_predicted_gib:.2f} GiB for {check.gpu_measured_gib:.2f} ({check.gpu_error:+.1%})"
+    return f"{gpu}, {host}"
 
 
 # ---------------------------------------------------------------------------- python report.py A B

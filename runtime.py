@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -130,6 +131,11 @@ class Runtime:
     def has_bf16(self) -> bool:
         """Whether the device computes in bf16 (GPUs before Ampere emulate it, slowly)."""
         return self.on_cpu or torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+
+def process_age_s() -> float:
+    """Return the seconds since the operating system started this process."""
+    return time.time() - psutil.Process().create_time()
 
 
 def current_runtime() -> Runtime:

@@ -430,5 +430,20 @@ def test_summary_of_a_run_that_did_nothing_leaves_out_what_is_not_there() -> Non
 
 
 def test_summary_shows_gpu_memory_beside_its_cap() -> None:
-    lines = report.summary(result_of(memory=report.Memory(13.7, 15.2, 22.35, 3.0)))
-    assert "GPU 13.70 GiB allocated, 15.20 reserved, cap 22.35; host 3.00 GiB" in "\n".join(lines)
+    lines = report.summary(result_of(memory=report.Memory(13.7, 15.2, 22.35, 3.0, outside_gib=1.3)))
+    expected = "memory      GPU 13.70 GiB allocated, 15.20 reserved, 5.85 below the cap of 22.35; host 3.00 GiB"
+    assert expected in lines
+
+
+def test_summary_shows_the_plan_beside_what_was_measured() -> None:
+    memory = report.Memory(9.0, 9.5, None, 2.0, outside_gib=1.0)
+    check = report.PlanCheck.of(memory, gpu_predicted_gib=11.0, host_predicted_gib=1.9)
+    lines = report.summary(result_of(plan_check=check))
+    assert "planned     GPU 11.00 GiB for 10.00 (+10.0%), host 1.90 GiB for 2.00 (-5.0%)" in lines
+    on_cpu = report.PlanCheck.of(report.Memory(None, None, None, 2.0), gpu_predicted_gib=0.5, host_predicted_gib=1.9)
+    assert on_cpu.gpu_error is None
+
+
+def test_summary_says_when_the_first_step_was_done() -> None:
+    lines = report.summary(result_of(startup=report.StartUp(8.0, 9.5, 21.25)))
+    assert "started     first step done 21.2 s after the process began" in lines
