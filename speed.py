@@ -1,6 +1,6 @@
 """Expected time of a step, good enough to put settings in order; no torch import.
 
-The seconds are those of one H200 with 16 host cores; on other machines only their ratios between settings of one model
+The seconds are those of one H100 with 16 host cores; on other machines only their ratios between settings of one model
 mean something, and less where the host is slower or faster beside its GPU.
 """
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 from report import MatrixShape, token_flops
 
-# 1.3b, batch 8 x 1024, low_level_zero: 48 % of the H200's dense 989 TFLOP/s (README, results).
-GPU_FLOPS = 475e12
-# Tokens/s of 125m, batch 32 x 1024, on one H200, each over low_level_zero's 433,778 (README, results). Gemini is not
+# Between what 1.3b (138 ms) and 2.7b under a cap (788 ms) reach on one H100 (README, results and memory): 50 % of its
+# dense 989 TFLOP/s.
+GPU_FLOPS = 500e12
+# Tokens/s of 125m, batch 32 x 1024, on one H100, each over low_level_zero's 476,044 (README, results). Gemini is not
 # compiled and pays most for its hooks at this size: for larger models it is underrated.
 PLUGIN_SPEED = {
     "low_level_zero": 1.0,
-    "torch_ddp": 0.977,
-    "torch_ddp_fp16": 0.841,
-    "hybrid_parallel": 0.742,
-    "gemini": 0.523,
+    "hybrid_parallel": 0.961,
+    "torch_ddp": 0.960,
+    "torch_ddp_fp16": 0.842,
+    "gemini": 0.469,
 }
 # low_level_zero by ColossalAI's own step (several ranks), in fp16 or fp32, or on a CPU. Estimate.
 OTHER_ZERO_SPEED = 0.8
@@ -28,8 +29,8 @@ BACKWARD_STEP_SPEED = 0.97
 # 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
 GPU_ADAM_S = 1e-11
 # Adam on 16 host cores, seconds a parameter, with its gradient and weight on their way over PCIe: what 2.7b with all states
-# on the host, 1,223 ms a step (README, memory), leaves of the host beside an H200.
-HOST_ADAM_S = 3.7e-10
+# on the host, 896 ms a step (README, memory), leaves of the host beside an H100.
+HOST_ADAM_S = 2.7e-10
 # A parameter kept on the host comes to the GPU for forward and backward: 2 x 2 bytes at 54 GB/s, and its gradient goes.
 HOST_PARAMETER_S = 1.1e-10
 # A micro-batch more: launches, and weights and gradients read and written once more, 12 bytes a parameter. Estimate.

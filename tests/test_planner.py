@@ -90,12 +90,15 @@ def state_bytes(moment: str, **changes: Any) -> list[float]:
 
 def test_ddp_replicates_sixteen_bytes_a_parameter() -> None:
     for precision in ("fp32", "bf16"):
-        assert state_bytes("loss", plugin="torch_ddp", precision=precision, compiled=True)[1:] == [4, 0, 8]
+        states = state_bytes("loss", plugin="torch_ddp", precision=precision, compiled=True, world_size=2)
+        assert states[1:] == [4, 0, 8]
+    # In buckets, which stay; one rank has none.
+    assert state_bytes("loss", plugin="torch_ddp", compiled=True, batch_size=32, block_size=1024)[1:] == [0, 0, 8]
     assert state_bytes("loss", plugin="torch_ddp", precision="fp32", world_size=8)[0] == 4
 
 
 def test_autocast_keeps_a_16_bit_copy_of_every_matrix_it_does_not_recompute() -> None:
-    request = request_of("1.3b", batch_size=1, block_size=2)
+    request = request_of("1.3b", batch_size=1, block_size=2, world_size=2)
     copies = [plan(replace(request, checkpointed_layers=layers)).device_bytes.activations for layers in (0, 24)]
     assert copies[0] == pytest.approx(2 * request.shape.matrix_params, rel=0.01)
     assert copies[0] - copies[1] == pytest.approx(2 * request.shape.layer_matrix_params, rel=0.01)
@@ -274,7 +277,7 @@ def test_activations_and_logits_are_the_measured_peak_of_forward_and_backward(
 MEASURED_ON_H100 = [
     # One H100, 2026-11, torch 2.11: 125m, 32 x 1024, bf16. GiB allocated.
     (request_of(plugin="low_level_zero"), 27.6),
-    (request_of(plugin="torch_ddp", compiled=True), 19.8),
+    (request_of(plugin="torch_ddp", compiled=True), 15.87),
 ]
 
 
@@ -317,26 +320,30 @@ def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
     assert plan(request_of("6.7b", "low_level_zero", gpu_gib=40, random_weights=True)).host_bytes > 4 * 6.6e9
 
 
-# Peaks measured on one NVIDIA H200, torch 2.11.0+cu130, 2026-11-25: allocated memory and the 1.30 GiB beside it.
+# Peaks measured on one NVIDIA H100, torch 2.11.0+cu130, 2026-11-25, layers and loss compiled one by one (gemini: not):
+# allocated memory and the 1.30 GiB beside it.
+ON_HOST = {"batch_size": 16, "step_in_backward": True, "checkpointed_layers": 32}
 MEASURED_GIB = [
-    ("125m", {"batch_size": 32}, 20.41),
-    ("125m", {"batch_size": 8, "offload_optim_frac": 0.5, "step_in_backward": True}, 6.67),
-    ("350m", {"batch_size": 16, "offload_optim_frac": 0.5, "step_in_backward": True}, 19.00),
-    ("1.3b", {"batch_size": 8}, 31.04),
-    ("2.7b", {"batch_size": 16, "offload_optim_frac": 1.0, "step_in_backward": True, "checkpointed_layers": 32}, 13.59),
-    ("6.7b", {"batch_size": 16, "offload_optim_frac": 0.4, "step_in_backward": True, "checkpointed_layers": 32}, 67.05),
-    (
-        "6.7b",
-        {"batch_size": 16, "offload_optim_frac": 0.36, "step_in_backward": True, "checkpointed_layers": 32},
-        70.24,
-    ),
+    ("125m", "low_level_zero", {"batch_size": 8}, 6.39),
+    ("125m", "low_level_zero", {"batch_size": 32}, 16.56),
+    ("1.3b", "low_level_zero", {"batch_size": 8}, 29.89),
+    ("2.7b", "low_level_zero", {**ON_HOST, "offload_optim_frac": 1.0}, 12.06),
+    ("2.7b", "low_level_zero", {**ON_HOST, "offload_optim_frac": 0.7}, 20.88),
+    ("125m", "torch_ddp", {"batch_size": 8}, 6.54),
+    ("125m", "torch_ddp", {"batch_size": 32}, 17.17),
+    ("125m", "torch_ddp", {"batch_size": 128}, 59.70),
+    ("125m", "gemini", {"batch_size": 8}, 9.47),
+    ("125m", "gemini", {"batch_size": 32}, 28.85),
 ]
 
 
-@pytest.mark.parametrize(("size", "changes", "measured_gib"), MEASURED_GIB)
-def test_peaks_measured_on_a_gpu_are_predicted(size: str, changes: dict[str, Any], measured_gib: float) -> None:
-    predicted = plan(request_of(size, "low_level_zero", block_size=1024, compiled=True, **changes))
-    assert predicted.total_bytes / GIB == pytest.approx(measured_gib, rel=0.03)
+@pytest.mark.parametrize(("size", "plugin", "changes", "measured_gib"), MEASURED_GIB)
+def test_peaks_measured_on_a_gpu_are_predicted(
+    size: str, plugin: str, changes: dict[str, Any], measured_gib: float
+) -> None:
+    is_compiled = plugin != "gemini"
+    predicted = plan(request_of(size, plugin, block_size=1024, compiled=is_compiled, **changes))
+    assert predicted.total_bytes / GIB == pytest.approx(measured_gib, rel=0.05)
 
 
 # ---------------------------------------------------------------------------- limits
@@ -388,7 +395,7 @@ def test_a_small_model_takes_the_fastest_plugin_without_recompute(world_size: in
 
 
 def test_less_memory_is_bought_with_ever_more_time_and_states_on_the_host() -> None:
-    choices = [choose("1.3b", gpu_gib=gib) for gib in (80, 40, 24, 18, 12)]
+    choices = [choose("1.3b", gpu_gib=gib) for gib in (80, 40, 24, 18, 11)]
     assert all(choice.fits and choice.plugin == "low_level_zero" for choice in choices)
     shares = [choice.offload_optim_frac for choice in choices]
     assert choices[0].checkpointed_layers == shares[0] == 0 < choices[3].checkpointed_layers
@@ -409,7 +416,7 @@ def test_no_setting_that_fits_and_has_no_handicap_is_expected_to_be_faster_than_
 
 
 def test_a_batch_is_cut_where_nothing_else_fits_or_all_else_is_much_slower() -> None:
-    whole, cut = choose("350m", gpu_gib=24), choose("350m", gpu_gib=8)
+    whole, cut = choose("350m", gpu_gib=24), choose("350m", gpu_gib=6)
     assert (whole.per_device_train_batch_size, whole.gradient_accumulation_steps) == (16, 1)
     assert cut.fits and cut.gradient_accumulation_steps > 1
     assert f"batch cut into {cut.gradient_accumulation_steps} micro-batches" in cut.reason
@@ -489,7 +496,7 @@ def test_on_a_cpu_auto_is_ddp_in_fp32_without_recompute() -> None:
 
 
 def test_on_a_cpu_a_cap_is_applied_to_the_plan() -> None:
-    flags = {"mem_cap": 3, "block_size": 128, "per_device_train_batch_size": 8}
+    flags = {"mem_cap": 2.4, "block_size": 128, "per_device_train_batch_size": 8}
     recomputing = choose("125m", gpu_gib=None, host_gib=512, **flags)
     assert (recomputing.plugin, recomputing.fits) == ("torch_ddp", True)
     assert recomputing.checkpointed_layers > 0
