@@ -305,11 +305,12 @@ def test_an_interruption_ends_all_groups_and_keeps_what_is_done(tmp_path, monkey
     monkeypatch.setattr(equivalence, "watch", watch)
     monkeypatch.setattr(equivalence, "PROGRESS_S", 0.2)
     handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    others = psutil.Process().children()  # such as multiprocessing's tracker, from another test
     threading.Thread(target=interrupt, daemon=True).start()
     found = equivalence.run_cases(cases, tmp_path, jobs=2)
     signal.signal(signal.SIGTERM, handler)
     assert found == {cases[0].name: {"name": cases[0].name}}
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(others)
 
 
 def test_a_case_that_was_cut_off_says_so_and_does_not_hold():
