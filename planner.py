@@ -943,6 +943,9 @@ def _why(choice: Choice) -> str:
 
 def table(choice: Choice, others: list[Alternative]) -> str:
     """Return the choice and the alternatives as text: GiB of one device by category, and of the host; speed and why."""
+    chosen = f"chosen: {choice.reason}"
+    if not others:
+        return chosen
     names = {
         "parameters": "param", "gradients": "grad", "master_weights": "master", "optimizer_moments": "moments",
         "activations": "activ", "logits": "logits", "communication_buffers": "comm", "framework": "frame",
@@ -963,7 +966,7 @@ def table(choice: Choice, others: list[Alternative]) -> str:
         "GiB a device at the moment that needs most, and of the host; speed as expected, over that of the choice; "
         f"limits: {', '.join(limits) or 'none'}"
     )
-    return "\n".join([head, *lines, f"chosen: {choice.reason}"])
+    return "\n".join([head, *lines, chosen])
 
 
 # ---------------------------------------------------------------------------- advice

@@ -184,7 +184,6 @@ def quiet_third_parties(runtime: Runtime) -> None:
     Must run before the first import of colossalai, transformers or datasets.
     """
     warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not (runtime.is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -192,7 +191,10 @@ def quiet_third_parties(runtime: Runtime) -> None:
 
 
 def quiet_colossalai() -> None:
-    """Silence ColossalAI's own logger, which prints every record twice. Runs after its first import."""
+    """Import ColossalAI and silence its own logger, which prints every record twice."""
+    import colossal_ext  # noqa: F401  # imports it the lean way, so it goes first
+
+    # isort: split
     from colossalai.logging import get_dist_logger
 
     get_dist_logger().set_level("ERROR")

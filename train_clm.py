@@ -138,13 +138,12 @@ def settle_resume(args: TrainArgs) -> TrainArgs:
 
     Where the run before got to no checkpoint, what it left is written over.
     """
-    import checkpoint
     import runtime
 
     word = args.resume_from_checkpoint
     if not args.output_dir or args.eval_only or not (word == "auto" or runtime.restarts()):
         return args
-    folders = checkpoint.step_folders(Path(args.output_dir) / "checkpoints")
+    folders = list(Path(args.output_dir).glob("checkpoints/step-*"))
     if args.overwrite_output_dir and runtime.restarts():
         # It may have ended before it removed those of another run.
         folders = [folder for folder in folders if folder.stat().st_mtime >= runtime.start_of_torchrun()]

@@ -11,6 +11,7 @@ The thread has its own connection to the store; the loop only leaves a mark of w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -39,7 +40,10 @@ PATIENCE = 3  # a phase may take this many times as long as the longest before i
 BEATS = 10  # within the timeout
 LONGEST_INTERVAL_S = 5.0
 STACK_SIGNAL = signal.SIGUSR2
-STACK_WAIT_S = 1.0
+STACK_WAIT_S = 3.0
+STACK_PAUSE_S = 0.3  # a file of stacks that has not grown for so long is whole
+STACK_POLL_S = 0.002
+OUTERMOST = (" in <module>\n", " in _run_module_as_main\n")  # frames that start a main thread's stack
 HANG_KEY = "hang"
 
 
@@ -167,6 +171,7 @@ class Watchdog(threading.Thread):
         self._number = 0
         self._next_rank = (runtime.rank + 1) % runtime.world_size
         self._heard = (-1, time.monotonic())
+        self._numbers: dict[int, int] = {}  # of the beats that were read when the loops last seemed to stand still
 
     def run(self) -> None:
         """Beat and look until the run ends, or the store with torchrun."""
@@ -213,16 +218,17 @@ class Watchdog(threading.Thread):
         return Finding(self.runtime.rank, text, beat)
 
     def _standstill(self) -> Finding | None:
-        """Return the finding that the loops stand still, though every thread may answer.
+        """Return the finding that the loops stand still though every thread answers, heard again since the last look.
 
-        A silent rank stops the others too: its own finding comes first by the two beats that are waited for here.
+        A silent rank stops the others too: `_silence` tells of it.
         """
         phase, _, since = self.pulse.place
         patience_s = max(self.timeout_s, PATIENCE * self.pulse.longest_s) + 2 * self.interval_s
         if phase not in STEP_PHASES or time.monotonic() - since < patience_s:
             return None
         beats = [beat for rank in range(self.runtime.world_size) if (beat := self._read(rank)) and not beat.done]
-        if any(beat.phase not in STEP_PHASES for beat in beats):
+        numbers, self._numbers = self._numbers, {beat.rank: beat.number for beat in beats}
+        if any(beat.phase not in STEP_PHASES or beat.number <= numbers.get(beat.rank, beat.number) for beat in beats):
             return None
         return Finding(self.runtime.rank, standstill_text(beats, self._title), None)
 
@@ -242,9 +248,10 @@ class Watchdog(threading.Thread):
         if finding.found_by == self.runtime.rank:
             _print(f"error: {finding.text}; the run ends")
         silent = finding.silent if finding.silent and self._answers_for(finding.silent) else None
+        own = own_stacks()  # before the silent rank is let go for a moment, and this one with it
         if silent:
             _print(f"[rank {silent.rank}] {stacks_of(silent)}")
-        _print(f"[rank {self.runtime.rank}] {own_stacks()}")
+        _print(f"[rank {self.runtime.rank}] {own}")
         time.sleep(2 * self.interval_s + STACK_WAIT_S)
         if silent:  # torchrun's SIGTERM does not reach a stopped process, and its SIGKILL comes 30 s later
             with contextlib.suppress(ProcessLookupError):
@@ -298,7 +305,7 @@ def stacks_of(silent: Beat) -> str:
     """Return state and stacks of a silent process of this machine: it is let go for a moment, to write them itself."""
     state = state_of(silent.pid)
     try:
-        os.kill(silent.pid, STACK_SIGNAL)
+        _kill_main_thread(silent.pid, STACK_SIGNAL)
         os.kill(silent.pid, signal.SIGCONT)
         stacks = _await_stacks(Path(f"/proc/{silent.pid}/fd/{silent.stack_file}"))
         os.kill(silent.pid, signal.SIGSTOP)
@@ -307,12 +314,28 @@ def stacks_of(silent: Beat) -> str:
     return f"process {silent.pid} is in state {state}:\n{stacks or 'it does not write its stacks'}"
 
 
+def _kill_main_thread(pid: int, number: int) -> None:
+    """Signal a process's main thread: it writes the stacks before it does anything else once the process is let go.
+
+    `os.kill` signals whichever thread runs first, and the main thread would meanwhile go on.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "tgkill"):  # glibc before 2.30
+        os.kill(pid, number)
+    elif libc.tgkill(pid, pid, number):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def _await_stacks(path: Path) -> str:
+    """Return what the file holds once it is whole. Of all threads the main thread, the oldest, comes last."""
     end = time.monotonic() + STACK_WAIT_S
-    text = ""
-    while time.monotonic() < end and not (text and text == path.read_text(errors="replace")):
-        text = path.read_text(errors="replace")
-        time.sleep(0.05)
+    text, since = "", time.monotonic()
+    while (now := time.monotonic()) < end and not (text and now - since > STACK_PAUSE_S):
+        time.sleep(STACK_POLL_S)
+        before, text = text, path.read_text(errors="replace")
+        since = since if text == before else now
+        if text.endswith(OUTERMOST):
+            break
     return text.rstrip()
 
 

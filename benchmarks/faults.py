@@ -366,6 +366,9 @@ def sigkill(bench: Bench, run: Run, index: int, *, in_training: bool) -> tuple[s
 
 def differences(folder: Path, reference: Path) -> Iterator[str]:
     """Yield what differs between all losses ever logged in a folder and those of the undisturbed run."""
+    if not (folder / "result.json").exists():
+        yield "no result"
+        return
     expected = dict(logged_losses(reference))
     logged = logged_losses(folder)
     if wrong := [step for step, loss in logged if loss != expected[step]]:

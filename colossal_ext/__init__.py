@@ -1,5 +1,6 @@
-"""What we plug into ColossalAI 0.5.0: one module a topic, nothing happens at import.
+"""What we plug into ColossalAI 0.5.0: one module a topic. Importing any of them imports ColossalAI, the lean way.
 
+lean_import        ColossalAI without bitsandbytes, galore_torch and torch's compiler
 mends              all of the following, in one call
 host_accelerator   the plugins on CPU tensors and gloo (set_accelerator)
 adam_kernels       Adam without a compiler (KernelLoader.register_extension)
@@ -21,3 +22,7 @@ loss_scale         fp16 gradients are divided by the scale they were multiplied 
 grad_norm          the last gradient norm of any boosted optimizer
 upstream           the version that the mends are written for
 """
+
+from .lean_import import import_colossalai
+
+import_colossalai()

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lean way
+
+# isort: split
 import pytest
 import torch
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader

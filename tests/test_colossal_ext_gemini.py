@@ -6,6 +6,9 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lean way
+
+# isort: split
 import pytest
 import torch
 from colossalai.zero.gemini import placement_policy

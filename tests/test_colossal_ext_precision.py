@@ -7,6 +7,9 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lean way
+
+# isort: split
 import pytest
 import torch
 from colossalai.accelerator import api as accelerator_api

@@ -467,10 +467,11 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def work(folder: Path) -> None:
     """Import once, then fork the ranks: without our mends, then with them for each world size."""
+    from colossal_ext.mends import install_mends
+
+    # isort: split
     from colossalai.logging import get_dist_logger
     from torch.multiprocessing import start_processes
-
-    from colossal_ext.mends import install_mends
 
     get_dist_logger().set_level("ERROR")
     start_processes(run_upstream_rank, args=(folder,), nprocs=2, start_method="fork")

@@ -783,6 +783,9 @@ class Plugin:
         self.rank, self.world_size = rank, num_replicas
 
     def prepare_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        import colossal_ext  # noqa: F401  # before ColossalAI
+
+        # isort: split
         from colossalai.booster.plugin.dp_plugin_base import DPPluginBase
 
         return DPPluginBase.prepare_dataloader(self, *args, **kwargs)

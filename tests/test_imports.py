@@ -91,3 +91,32 @@ def test_a_module_starts_without_heavy_packages(name: str) -> None:
     program = f"import sys, {name}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def run_program(program: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_our_extension_imports_colossalai_without_what_nobody_here_uses() -> None:
+    unused = "{'bitsandbytes', 'galore_torch', 'torch._inductor.compile_fx'}"
+    assert run_program(f"import sys, colossal_ext; print(sorted({unused} & sys.modules.keys()))") == "[]"
+    program = (
+        "import colossal_ext, torch; from colossalai.nn.optimizer import HybridAdam; print(torch.compile.__name__)"
+    )
+    assert run_program(program) == "compile"
+
+
+def test_upstream_still_imports_what_our_extension_stands_in_for() -> None:
+    """Where it no longer does, colossal_ext/lean_import.py can go."""
+    program = """
+import sys
+sys.modules["galore_torch"] = None
+try:
+    import colossalai.nn.optimizer
+except ModuleNotFoundError as error:
+    print(error.name)
+import colossalai.quantization.fp8
+print("torch._inductor.compile_fx" in sys.modules)
+"""
+    assert run_program(program).split() == ["galore_torch", "True"]

@@ -34,6 +34,9 @@ def test_a_layer_that_spans_machines_is_warned_of(tp, world_size, gpus):
 
 
 def test_colossalai_gives_tp_to_neighbours_then_pp_then_dp(monkeypatch):
+    import colossal_ext  # noqa: F401  # before ColossalAI
+
+    # isort: split
     from colossalai.booster.plugin import hybrid_parallel_plugin
     from colossalai.cluster import ProcessGroupMesh
 

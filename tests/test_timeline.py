@@ -230,7 +230,8 @@ def test_a_run_on_the_cpu_shows_host_adam_beside_the_backward_pass_and_a_failed_
     )
     assert code == 1 and "bad: exit code 2" in capsys.readouterr().err
     (run,) = timeline.read(tmp_path)
-    assert list(run.lanes) == ["CPU compute", "Adam on the host", "launcher waits"]
+    # Whether the loop ever waits for Adam depends on the machine.
+    assert list(run.lanes)[:2] == ["CPU compute", "Adam on the host"]
     assert {"forward", "backward"} <= set(run.lanes["CPU compute"].kinds_ms)
     assert run.lanes["Adam on the host"].kinds_ms["Adam"] > 0
     assert 0 < run.lanes["CPU compute"].busy_ms <= run.step_ms and run.plain_step_ms

@@ -141,13 +141,12 @@ def test_heads_that_tp_does_not_divide_are_refused(train):
 def test_without_the_hub_the_message_names_the_files_to_give(tmp_path):
     command = [sys.executable, str(ROOT / "train_clm.py"), *"--model_name_or_path 125m --dataset netflix".split()]
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Retrying" not in done.stderr  # transformers, imported before the hub was asked, would: for 23 s a file
     assert all(
         advice in done.stderr for advice in ("--model_name_or_path DIR", "--tokenizer_name DIR", "--train_file FILE")
     )
-    assert time.perf_counter() - started < 55
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ and output of each command line, or the text of what went wrong.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -22,6 +23,15 @@ import torch.multiprocessing as mp
 import runtime
 import train_clm
 from args import ConfigError, parse_args
+
+# Through them torch and ColossalAI; and what transformers only imports when it is asked for a model.
+LIBRARIES = (
+    "recorder",
+    "strategy",
+    "colossal_ext",
+    "transformers.models.opt.modeling_opt",
+    "transformers.optimization",
+)
 
 
 def run(argv: list[str], process: runtime.Runtime) -> tuple[int, str]:
@@ -66,8 +76,9 @@ def free_port() -> int:
 def main() -> None:
     """Import everything once, then carry out the orders."""
     runtime.quiet_third_parties(runtime.current_runtime())
-    for name in ("recorder", "strategy"):  # and through them torch, transformers, colossalai
+    for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()  # what is imported stays: no collection of a rank's needs to look at it
     for line in sys.stdin:
         world, commands, answer = json.loads(line)
         try:
