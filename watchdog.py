@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -305,10 +305,13 @@ def stacks_of(silent: Beat) -> str:
     """Return state and stacks of a silent process of this machine: it is let go for a moment, to write them itself."""
     state = state_of(silent.pid)
     try:
-        _kill_main_thread(silent.pid, STACK_SIGNAL)
-        os.kill(silent.pid, signal.SIGCONT)
-        stacks = _await_stacks(Path(f"/proc/{silent.pid}/fd/{silent.stack_file}"))
-        os.kill(silent.pid, signal.SIGSTOP)
+        # Opened before: let go, the process may close it.
+        with open(f"/proc/{silent.pid}/fd/{silent.stack_file}", errors="replace") as file:
+            _kill_main_thread(silent.pid, STACK_SIGNAL)
+            os.kill(silent.pid, signal.SIGCONT)
+            stacks = _await_stacks(file)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(silent.pid, signal.SIGSTOP)
     except OSError as error:
         stacks = f"its stacks cannot be read ({error})"
     return f"process {silent.pid} is in state {state}:\n{stacks or 'it does not write its stacks'}"
@@ -326,14 +329,14 @@ def _kill_main_thread(pid: int, number: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _await_stacks(path: Path) -> str:
+def _await_stacks(file: TextIO) -> str:
     """Return what the file holds once it is whole. Of all threads the main thread, the oldest, comes last."""
     end = time.monotonic() + STACK_WAIT_S
     text, since = "", time.monotonic()
     while (now := time.monotonic()) < end and not (text and now - since > STACK_PAUSE_S):
         time.sleep(STACK_POLL_S)
-        before, text = text, path.read_text(errors="replace")
-        since = since if text == before else now
+        if more := file.read():
+            text, since = text + more, now
         if text.endswith(OUTERMOST):
             break
     return text.rstrip()

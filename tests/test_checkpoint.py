@@ -278,7 +278,7 @@ def test_without_locks_in_the_file_system_a_run_goes_on_and_says_so(tmp_path, mo
 
 def test_a_file_the_disk_does_not_take_ends_every_rank_with_one_message(tmp_path, run_training):
     (tmp_path / "sitecustomize.py").write_text(
-        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, resource.RLIM_INFINITY))\n"
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))\n"
     )
     flags = "--save_strategy steps --save_steps 1"
     run = run_training(tmp_path, *flags.split(), world=2, PYTHONPATH=f"{tmp_path}:{ROOT}")

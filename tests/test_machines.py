@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, SHORT
+from conftest import MINI, ROOT, SHORT
 
 FLAGS = [word for word in SHORT.split() if word not in ("--dataset", "synthetic")]
 
@@ -34,7 +34,7 @@ def reference(tmp_path_factory, run_training):
 def losses_of_two(folder: Path, *machines: dict[str, str], prefixes=((), ())) -> list[float]:
     """Run a launcher for each machine, and return the losses that they leave together."""
     own = {"SKIP_SETUP": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NNODES": "2"}
-    words = ["2", "0", "tiny", "1", *FLAGS, "--output_dir", str(folder)]
+    words = ["2", "0", str(MINI), "1", *FLAGS, "--learning_rate", "1e-3", "--output_dir", str(folder)]
     launchers = []
     for prefix, machine in zip(prefixes, machines, strict=True):
         command = [*prefix, "bash", str(ROOT / "run_clm_synthetic.sh"), *words]

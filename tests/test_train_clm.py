@@ -52,7 +52,7 @@ def test_every_strategy_on_two_ranks_trains_and_exports_the_model_of_one_process
 
 
 def test_a_batch_that_auto_cuts_under_a_cap_trains_like_the_whole(tmp_path, run_many):
-    job = "--per_device_train_batch_size 8 --dropout 0 --gradient_checkpointing off --eval_strategy no".split()
+    job = "--model_name_or_path tiny --per_device_train_batch_size 8 --dropout 0 --gradient_checkpointing off --eval_strategy no".split()
     flags = {"whole": [], "ddp": ["--mem_cap", "0.16"], "zero": ["--mem_cap", "0.13"]}
     runs = run_many(tmp_path, {name: [*job, *own] for name, own in flags.items()}, world=1)
     for name, plugin in (("ddp", "torch_ddp"), ("zero", "low_level_zero")):
@@ -71,7 +71,7 @@ def test_a_batch_that_auto_cuts_under_a_cap_trains_like_the_whole(tmp_path, run_
 def exported_loss(run):
     """Evaluate final/ in plain transformers on the run's own evaluation rows."""
     model = AutoModelForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float32).eval()
-    rows = SyntheticRows(4, block_size=32, vocab_size=50272, seed=42, part=1)
+    rows = SyntheticRows(4, block_size=32, vocab_size=512, seed=42, part=1)
     batch = Collator(pad_token_id=1)([rows[index] for index in range(4)])["input_ids"]
     with torch.no_grad():
         return model(input_ids=batch, labels=batch).loss.item()
@@ -80,7 +80,7 @@ def exported_loss(run):
 def test_a_run_leaves_its_results_in_one_file(reference):
     result = reference.result
     assert result["status"] == "ok" and result["steps"] == 3 and result["plugin"] == "torch_ddp"
-    assert result["model"] == {"name": "tiny", "num_params": 3548672, "pretrained": False}
+    assert result["model"] == {"name": "mini", "num_params": 364032, "pretrained": False}
     assert result["data"]["num_tokens"] == 3 * 4 * 32 and result["eval"]["num_tokens"] == 4 * 31
     assert result["eval"]["perplexity"] == pytest.approx(math.exp(result["eval"]["loss"]))
     assert result["throughput"]["tokens_per_s"] > 0 and result["throughput"]["mfu"] is None
@@ -135,7 +135,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(flags, message,
 
 def test_heads_that_tp_does_not_divide_are_refused(train):
     run = train(*"--plugin hybrid_parallel --tp 3".split(), world=3)
-    assert run.code == 2 and run.output.count("--tp 3: must divide tiny's attention heads, 4") == 1
+    assert run.code == 2 and run.output.count("--tp 3: must divide mini's attention heads, 4") == 1
 
 
 def test_without_the_hub_the_message_names_the_files_to_give(tmp_path):
@@ -153,7 +153,7 @@ def test_without_the_hub_the_message_names_the_files_to_give(tmp_path):
 def trained(tmp_path_factory, run_training, real_data):
     """Tiny, trained on real Netflix descriptions until it is clearly better than chance."""
     flags = (
-        "--dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 --per_device_train_batch_size 8 "
+        "--model_name_or_path tiny --dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 --per_device_train_batch_size 8 "
         "--num_train_epochs 1 --max_train_steps 40 --learning_rate 5e-3 --save_final --export_dtype fp32 --num_samples 1 "
         "--prompt Love"
     )
