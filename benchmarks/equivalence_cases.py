@@ -29,7 +29,7 @@ QUICK_STRATEGIES = {
         *("DDP", "DDP fp16", "ZeRO 1", "ZeRO 2, optimizer on host", "Gemini", "Gemini, all on host"),
         *("tp 2", "pp 2", "pp 2, interleaved"),
     ),
-    4: ("ZeRO 2", "tp 2 x pp 2", "tp 2 x dp 2", "tp 2 x dp 2, ZeRO 1", "pp 2 x dp 2"),
+    4: ("ZeRO 2", "tp 2 x dp 2, ZeRO 1", "pp 2 x dp 2"),
 }
 
 Factors = dict[str, Any]
