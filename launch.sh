@@ -97,6 +97,9 @@ choose_torchrun() {
     torchrun+=(--standalone)
   elif [[ -n ${RDZV_ENDPOINT:-} ]]; then
     torchrun+=(--nnodes "$num_nodes" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-clm}" --rdzv_endpoint "$RDZV_ENDPOINT")
+    # Ranks that are started again would meet in a store that knows the old ones, and machines count restarts each
+    # for itself (pytorch issue 135712): a new store each time.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   else
     add_static_rendezvous "$num_nodes"
   fi

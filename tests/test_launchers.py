@@ -321,6 +321,7 @@ def test_several_machines_meet_at_a_rendezvous(launch: Launcher) -> None:
     assert shlex.join(done.torchrun_flags) == (
         "--nnodes 3 --rdzv_backend c10d --rdzv_id 'job 7' --rdzv_endpoint node0:1234 --nproc_per_node 1"
     )
+    assert done.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"  # a restart finds nothing of the ranks before
 
 
 def test_restarts_are_torchruns_and_off_unless_asked_for(launch: Launcher) -> None:

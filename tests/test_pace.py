@@ -61,4 +61,4 @@ def test_the_stopwatch_adds_loading_and_a_local_forward_pass():
 
 def test_a_run_with_a_slow_rank_says_so_and_goes_on(tmp_path):
     trial = faults.slow_rank(faults.Bench(tmp_path, random.Random(0)), 0)
-    assert trial.code == 0 and trial.problems == ()
+    assert trial.code == 0 and trial.problems == (), "\n".join(trial.problems)
