@@ -20,6 +20,8 @@ GIB = 2**30
 # buffers between several ranks, an estimate.
 CUDA_BYTES = int(1.3 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
+# HybridParallelPlugin's groups for each axis, which one rank has too: measured on an H100.
+HYBRID_GROUPS_BYTES = int(0.38 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.6 to
 # 1.9 GiB measured on an H200.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
@@ -403,9 +405,13 @@ def _gemini_states(request: PlanRequest) -> States:
 
 
 def _hybrid_states(request: PlanRequest) -> States:
-    """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters and fp32 gradients."""
+    """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters and fp32 gradients.
+
+    Gradients stay: in DDP's buckets (gradient_as_bucket_view), which one rank has too; with stages from micro-batch to
+    micro-batch.
+    """
     p = stage_params(request)
-    kept = request.item_bytes * p if request.accumulates or request.pp > 1 else 0
+    kept = request.item_bytes * p
     if request.precision == "fp32":
         return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
     # The step replaces 16-bit gradients by fp32 ones, one parameter after the other.
@@ -509,7 +515,7 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
         master_weights=states.master_weights,
         optimizer_moments=states.moments,
         communication_buffers=states.communication,
-        framework=0 if request.on_cpu else framework_bytes(request.world_size),
+        framework=0 if request.on_cpu else framework_bytes(request.plugin, request.world_size),
     )
     at_loss = replace(fixed, gradients=states.kept_gradients, activations=activations.saved, logits=activations.logits)
     first_layer = replace(at_loss, activations=activations.saved + activations.first_layer, logits=0)
@@ -527,9 +533,10 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
     }
 
 
-def framework_bytes(world_size: int) -> int:
+def framework_bytes(plugin: str, world_size: int) -> int:
     """Return a GPU's bytes that its allocator does not see: CUDA context, loaded kernels, NCCL."""
-    return CUDA_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+    groups = HYBRID_GROUPS_BYTES if plugin == "hybrid_parallel" else 0
+    return CUDA_BYTES + groups + (NCCL_BYTES if world_size > 1 else 0)
 
 
 def weights_room(plugin: str, limit_bytes: int | None) -> float:

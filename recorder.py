@@ -15,6 +15,7 @@ import torch.distributed as dist
 import hardware
 import placement
 import report
+import tracking
 from args import TrainArgs
 from checkpoint import Found
 from data import PreparedData, TokenRows
@@ -60,6 +61,7 @@ class Recorder:
         self.losses: list[tuple[int, float]] = []
         self.evaluation: report.Eval | None = None
         self.num_steps = 0
+        self.tracker: tracking.Tracker | None = None
         seq_len = job.rows.info.num_tokens / max(job.rows.info.num_rows, 1)
         recomputed_layers = int(job.args.gradient_checkpointing)
         self.flops = report.token_flops(job.shape, seq_len, recomputed_layers=recomputed_layers)
@@ -75,6 +77,7 @@ class Recorder:
             if args.overwrite_output_dir and not (args.resume_from_checkpoint or args.eval_only):
                 _remove_run(self.folder)
             path.touch()
+            self.tracker = tracking.open_tracker(args.report_to, self.folder, asdict(args))
         self.metrics = report.MetricsLog(path)
 
     def start(self, num_steps: int) -> None:
@@ -134,6 +137,8 @@ class Recorder:
     def _append(self, step: int, **measured: float | None) -> None:
         with writing(self.metrics.path):
             self.metrics.append(step=step, time_s=time.time(), **measured)
+            if self.tracker:
+                self.tracker.log(step, {name: value for name, value in measured.items() if value is not None})
 
     def on_evaluation(self, evaluation: Evaluation, *, epoch: int | None = None) -> None:
         """Record and log an evaluation; the last one stands in result.json."""
@@ -182,6 +187,8 @@ class Recorder:
         if job.process.is_main or alone:
             with writing(self.folder / "result.json"):
                 result.write(self.folder / "result.json")
+                if self.tracker:
+                    self.tracker.close()
         return result
 
 

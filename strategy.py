@@ -435,6 +435,7 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
         overlap_p2p=not runtime.on_cpu,  # hangs on gloo
         overlap_communication=not runtime.on_cpu,
         cpu_offload=False,
+        gradient_as_bucket_view=True,  # DDP's buckets, there on one rank too, are the gradients
         make_vocab_size_divisible_by=1,  # a padded vocabulary breaks upstream's optimizer checkpoint
         custom_policy=OPTCausalLMPolicy(),
     )

@@ -123,7 +123,7 @@ def run(args: TrainArgs, process: Runtime) -> int:
         return export(args, Path(args.export))
     args = settle_resume(args)
     job, tokenizer = prepare(args, process)
-    runtime.start_process_group(process, timeout_s=args.ddp_timeout, mem_cap_gb=args.mem_cap)
+    runtime.start_process_group(process, timeout_s=args.ddp_timeout, mem_cap_gb=args.mem_cap, plugin=job.args.plugin)
     import recorder
     import watchdog
 
@@ -165,11 +165,12 @@ def prepare(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
     """
     import data
     import runtime
+    import tracking
 
     found = problems(
         args, world_size=process.world_size, num_gpus=process.num_gpus, gpus_per_node=process.local_world_size
     )
-    found += data.problems(args) + output_problems(args)
+    found += data.problems(args) + output_problems(args) + tracking.problems(args)
     if found:
         raise ConfigError(*found)
     has_hub = not needs_hub(args) or runtime.settle_hub()
