@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from args import ConfigError, TrainArgs, parse_args
 from checkpoint import FIXED_FLAGS, MANIFEST, find, resume_problems, step_folders, verify
-from conftest import ROOT
+from conftest import MINI, ROOT
 from runtime import folder_lock, lock_problem
 from train_clm import export
 
@@ -222,7 +222,7 @@ def test_an_epoch_ends_with_a_checkpoint_and_the_next_goes_on_in_new_order(tmp_p
 
 def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
     folder = tmp_path / "run"
-    common = "--model_name_or_path tiny --from_scratch --dataset synthetic --block_size 32 --no-save_final"
+    common = f"--model_name_or_path {MINI} --from_scratch --dataset synthetic --block_size 32 --no-save_final"
     command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--max_train_steps", "400"]
     with subprocess.Popen(
         [*command, "--logging_steps", "1", "--output_dir", str(folder)], stdout=subprocess.PIPE, text=True
@@ -237,9 +237,9 @@ def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
 
 
 def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_path):
-    common = "--model_name_or_path tiny --from_scratch --dataset synthetic --block_size 32 --save_strategy steps"
+    common = f"--model_name_or_path {MINI} --from_scratch --dataset synthetic --block_size 32 --save_strategy steps"
     command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--save_steps", "2"]
-    command += ["--max_train_steps", "400", "--logging_steps", "1", "--output_dir", str(tmp_path / "run")]
+    command += ["--max_train_steps", "5000", "--logging_steps", "1", "--output_dir", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         try:
             next(line for line in first.stdout if line.startswith("checkpoint"))

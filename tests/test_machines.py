@@ -24,9 +24,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, run_training):
+def reference(tmp_path_factory, run_many):
     """The losses of two ranks on one machine."""
-    run = run_training(tmp_path_factory.mktemp("reference"), world=2)
+    run = run_many(tmp_path_factory.mktemp("reference"), {"run": []}, world=2)["run"]
     assert run.code == 0, run.output
     return run.losses
 
@@ -55,6 +55,7 @@ def test_two_machines_that_meet_at_the_master_train_as_one(tmp_path, reference):
     assert losses_of_two(tmp_path / "run", *machines) == reference
 
 
+@pytest.mark.slow
 def test_two_machines_that_meet_at_a_rendezvous_train_as_one(tmp_path, reference):
     meeting = {"RDZV_ENDPOINT": f"localhost:{free_port()}", "RDZV_ID": "test"}
     assert losses_of_two(tmp_path / "run", meeting, meeting) == reference

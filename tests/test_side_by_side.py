@@ -123,6 +123,7 @@ def test_under_torchrun_a_run_that_fails_says_itself_how(code, told, status):
     assert side_by_side.status_of(code, told) == status
 
 
+@pytest.mark.slow
 def test_a_peer_and_ours_on_two_ranks_have_equal_losses_and_one_result(tmp_path):
     flags = [
         "--case",

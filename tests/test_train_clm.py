@@ -93,8 +93,8 @@ def test_a_run_never_writes_over_another_unless_told(reference, run_training):
     assert again.code == 2 and "already holds a run" in again.output and again.result == reference.result
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(train):
-    run = train("--learning_rate", "1e30", "--max_grad_norm", "0", "--save_final", world=2)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path, run_many):
+    run = run_many(tmp_path, {"nan": "--learning_rate 1e30 --max_grad_norm 0 --save_final".split()}, world=2)["nan"]
     assert run.code == 4 and "stopped before the weights were updated" in run.output
     assert run.result["status"] == "nan" and not (run.folder / "final").exists()
 
@@ -133,8 +133,8 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(flags, message,
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
-def test_heads_that_tp_does_not_divide_are_refused(train):
-    run = train(*"--plugin hybrid_parallel --tp 3".split(), world=3)
+def test_heads_that_tp_does_not_divide_are_refused(tmp_path, run_many):
+    run = run_many(tmp_path, {"tp": "--plugin hybrid_parallel --tp 3".split()}, world=3)["tp"]
     assert run.code == 2 and run.output.count("--tp 3: must divide mini's attention heads, 4") == 1
 
 
@@ -150,7 +150,7 @@ def test_without_the_hub_the_message_names_the_files_to_give(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, run_training, real_data):
+def trained(tmp_path_factory, run_many, real_data):
     """Tiny, trained on real Netflix descriptions until it is clearly better than chance."""
     flags = (
         "--model_name_or_path tiny --dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 --per_device_train_batch_size 8 "
@@ -163,7 +163,7 @@ def trained(tmp_path_factory, run_training, real_data):
         "--tokenizer_name",
         real_data / "opt-tokenizer",
     ]
-    return run_training(tmp_path_factory.mktemp("trained"), *flags.split(), *sources, world=2)
+    return run_many(tmp_path_factory.mktemp("trained"), {"run": [*flags.split(), *sources]}, world=2)["run"]
 
 
 def test_a_fine_tune_on_descriptions_learns_and_prints_texts(trained):
@@ -186,12 +186,12 @@ def test_perplexity_depends_neither_on_the_batch_size_nor_on_the_ranks(trained, 
         assert run.result["eval"]["num_tokens"] == trained.result["eval"]["num_tokens"]
 
 
-def test_a_pretrained_start_goes_on_from_the_trained_loss(trained, train, real_data):
-    run = train(
+def test_a_pretrained_start_goes_on_from_the_trained_loss(trained, tmp_path, run_many, real_data):
+    flags = [
         *("--dataset", "netflix", "--model_name_or_path", trained.folder / "final", "--block_size", 48),
         *("--train_file", real_data / "netflix/netflix_titles.csv", "--max_train_samples", 50),
-        from_scratch=False,
-    )
+    ]
+    run = run_many(tmp_path, {"run": flags}, world=1, from_scratch=False)["run"]
     assert run.code == 0, run.output
     assert run.result["model"]["pretrained"] and run.losses[0] < 8.5
 
