@@ -98,7 +98,8 @@ choose_torchrun() {
   elif [[ -n ${RDZV_ENDPOINT:-} ]]; then
     torchrun+=(--nnodes "$num_nodes" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-clm}" --rdzv_endpoint "$RDZV_ENDPOINT")
     # Ranks that are started again would meet in a store that knows the old ones, and machines count restarts each
-    # for itself (pytorch issue 135712): a new store each time.
+    # for itself (pytorch issue 135712): a new store each time. Rank 0 holds it, and is itself no longer named by the
+    # watchdog when it is stopped.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   else
     add_static_rendezvous "$num_nodes"
@@ -136,7 +137,7 @@ run_supervised() {
   local child status interrupted=1 signalled=
   CLM_EXIT_CODE_FILE=$(mktemp)
   export CLM_EXIT_CODE_FILE
-  trap 'rm -f "$CLM_EXIT_CODE_FILE"' EXIT
+  trap 'rm -f "$CLM_EXIT_CODE_FILE" "$CLM_EXIT_CODE_FILE".*' EXIT
   # Job control gives torchrun a process group of its own: Ctrl-C reaches us alone, and is passed on once.
   set -m
   trap '' USR1

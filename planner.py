@@ -414,8 +414,10 @@ def _hybrid_states(request: PlanRequest) -> States:
     kept = request.item_bytes * p
     if request.precision == "fp32":
         return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
-    # The step replaces 16-bit gradients by fp32 ones, one parameter after the other.
-    return States(2 * p, kept, 2 * p, 4 * p, 4 * p, 8 * p, BUCKET_ELEMENTS * 2 if request.dp_size > 1 else 0)
+    # Beside fp32 gradients DDP's 16-bit buckets stay; with stages each 16-bit gradient goes as its fp32 one comes.
+    step_gradients = 4 * p + (kept if request.pp == 1 else 0)
+    buckets = BUCKET_ELEMENTS * 2 if request.dp_size > 1 else 0
+    return States(2 * p, kept, 2 * p, step_gradients, 4 * p, 8 * p, buckets)
 
 
 # ---------------------------------------------------------------------------- activations

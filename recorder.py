@@ -76,8 +76,10 @@ class Recorder:
             self.folder.mkdir(parents=True, exist_ok=True)
             if args.overwrite_output_dir and not (args.resume_from_checkpoint or args.eval_only):
                 _remove_run(self.folder)
+        first_step = self.job.resume.manifest.progress.step + 1 if self.job.resume else 1
+        self.tracker = tracking.open_tracker(args.report_to, self.folder, asdict(args), first_step=first_step)
+        with writing(self.folder):
             path.touch()
-            self.tracker = tracking.open_tracker(args.report_to, self.folder, asdict(args))
         self.metrics = report.MetricsLog(path)
 
     def start(self, num_steps: int) -> None:
@@ -137,8 +139,8 @@ class Recorder:
     def _append(self, step: int, **measured: float | None) -> None:
         with writing(self.metrics.path):
             self.metrics.append(step=step, time_s=time.time(), **measured)
-            if self.tracker:
-                self.tracker.log(step, {name: value for name, value in measured.items() if value is not None})
+        if self.tracker:
+            self.tracker.log(step, {name: value for name, value in measured.items() if value is not None})
 
     def on_evaluation(self, evaluation: Evaluation, *, epoch: int | None = None) -> None:
         """Record and log an evaluation; the last one stands in result.json."""
@@ -187,8 +189,8 @@ class Recorder:
         if job.process.is_main or alone:
             with writing(self.folder / "result.json"):
                 result.write(self.folder / "result.json")
-                if self.tracker:
-                    self.tracker.close()
+        if self.tracker:
+            self.tracker.close()
         return result
 
 
@@ -197,7 +199,8 @@ def _remove_run(folder: Path) -> None:
 
     Its final/ may be what this run starts from, and stays until there is a new one.
     """
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "result.json"):
         (folder / name).unlink(missing_ok=True)
 

@@ -291,7 +291,7 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     runtime = current_runtime()
     start_logging(runtime)
-    if restarts() and runtime.local_rank == 0:
+    if started_again() and runtime.local_rank == 0:
         _forget_exit_code()
     try:
         code = body(runtime)
@@ -330,8 +330,23 @@ def _report_exit_code(code: int, runtime: Runtime) -> int:
 
 
 def restarts() -> int:
-    """Return how often torchrun has started the ranks again after a failure."""
+    """Return how often torchrun has started the ranks again after a failure on this machine."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def started_again() -> bool:
+    """Return whether the launcher's torchrun has started this rank before.
+
+    torch does not count it where only another machine's ranks had failed, so each rank leaves a mark beside the
+    launcher's file.
+    """
+    path = os.environ.get("CLM_EXIT_CODE_FILE")
+    if restarts() or not path:
+        return restarts() > 0
+    mark, pid = Path(f"{path}.{os.environ.get('LOCAL_RANK', 0)}"), str(os.getpid())
+    if not mark.exists():
+        mark.write_text(pid, encoding="ascii")
+    return mark.read_text(encoding="ascii") != pid
 
 
 def start_of_torchrun() -> float:

@@ -171,10 +171,11 @@ class Watchdog(threading.Thread):
         self._number = 0
         self._next_rank = (runtime.rank + 1) % runtime.world_size
         self._heard = (-1, time.monotonic())
-        self._numbers: dict[int, int] = {}  # of the beats that were read when the loops last seemed to stand still
+        # Where this loop stood when all seemed to stand still, and the numbers of the beats that were there then.
+        self._suspect: tuple[tuple[str, int, float], dict[int, int]] = (pulse.place, {})
 
     def run(self) -> None:
-        """Beat and look until the run ends, or the store with torchrun."""
+        """Beat and look until the run ends, or the process that holds the store."""
         with contextlib.suppress(RuntimeError):
             self._beat()
             while not self._ended.wait(self.interval_s):
@@ -218,17 +219,19 @@ class Watchdog(threading.Thread):
         return Finding(self.runtime.rank, text, beat)
 
     def _standstill(self) -> Finding | None:
-        """Return the finding that the loops stand still though every thread answers, heard again since the last look.
+        """Return the finding that the loops stand still, once every thread was heard again since that was first seen.
 
         A silent rank stops the others too: `_silence` tells of it.
         """
-        phase, _, since = self.pulse.place
+        phase, _, since = place = self.pulse.place
         patience_s = max(self.timeout_s, PATIENCE * self.pulse.longest_s) + 2 * self.interval_s
         if phase not in STEP_PHASES or time.monotonic() - since < patience_s:
             return None
         beats = [beat for rank in range(self.runtime.world_size) if (beat := self._read(rank)) and not beat.done]
-        numbers, self._numbers = self._numbers, {beat.rank: beat.number for beat in beats}
-        if any(beat.phase not in STEP_PHASES or beat.number <= numbers.get(beat.rank, beat.number) for beat in beats):
+        if self._suspect[0] != place:
+            self._suspect = place, {beat.rank: beat.number for beat in beats}
+        first = self._suspect[1]
+        if any(beat.phase not in STEP_PHASES or beat.number <= first.get(beat.rank, -1) for beat in beats):
             return None
         return Finding(self.runtime.rank, standstill_text(beats, self._title), None)
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="equivalence.sh", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="a slice: each kind of strategy once, two minutes")
+    parser.add_argument("--quick", action="store_true", help="a slice: most strategies once, under three minutes")
     parser.add_argument("--only", default="", metavar="REGEX", help="the cases whose name matches; off: all")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="process groups at a time (default: 1)")
     parser.add_argument("--train_file", type=Path, default=ROOT / "LICENSE", help="text to train on, 7 kB or more")

@@ -245,7 +245,7 @@ def faults() -> Iterator[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """Return a slice: each kind of strategy once, with all that is known to go wrong, some evaluations, all faults."""
+    """Return a slice: most strategies once, with all that is known to go wrong, some evaluations, all faults."""
     found = [strategy for strategy in strategies() if strategy.name in QUICK_STRATEGIES[strategy.world_size]]
     trained = [
         Case(strategy, strategy.precisions[0], shape, accumulation=2, recompute=shape == "350m")

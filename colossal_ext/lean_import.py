@@ -2,7 +2,7 @@
 
 Mends `from galore_torch import GaLoreAdafactor, GaLoreAdamW` in colossalai/nn/optimizer/__init__.py, `from
 bitsandbytes.optim.optimizer import Optimizer2State` in galore.py and distributed_galore.py beside it, and the
-`@torch.compile` of functions in colossalai/quantization/fp8.py. Every plugin imports these modules; none of ours uses
+`@torch.compile` of functions in quantization/fp8.py and shardformer/layer/attn.py. Every plugin imports these modules; none of ours uses
 what is in them.
 """
 
@@ -31,7 +31,7 @@ STAND_INS = {
 
 def import_colossalai() -> None:
     """Import ColossalAI's Booster. Must come before any other import of it; repeating it is fine."""
-    if "colossalai" in sys.modules:
+    if "colossalai.booster" in sys.modules:
         return
     require_mended_version("the import of galore_torch")
     with _modules(dict.fromkeys(STAND_INS)):  # peft imports bitsandbytes where there is one

@@ -77,7 +77,8 @@ def run_training() -> Callable[..., Run]:
 
     def run(folder: Path, *flags: object, world: int = 1, from_scratch: bool = True, **env: str) -> Run:
         code_file = folder / "exit-code"
-        code_file.unlink(missing_ok=True)
+        for left in folder.glob("exit-code*"):
+            left.unlink()
         arguments = command_line(folder / "run", flags, from_scratch=from_scratch)
         code, output = torchrun(ROOT / "train_clm.py", world, *arguments, CLM_EXIT_CODE_FILE=str(code_file), **env)
         return Run(int(code_file.read_text()) if code_file.exists() else code, output, folder / "run")

@@ -4,7 +4,7 @@
 # or SIGTERM: the table then says so.
 #
 # Hardware: two CPU cores (1, 2 and 4 ranks on gloo); on NVIDIA GPUs as many ranks as there are GPUs, up to 4.
-# Time: about half an hour on two cores, with --quick about two minutes; --jobs divides it where there are more cores.
+# Time: about half an hour on two cores, with --quick under three minutes; --jobs divides it where there are more cores.
 #
 #   bash tests/equivalence.sh                       # the whole matrix
 #   bash tests/equivalence.sh --quick               # each kind of strategy once
@@ -19,7 +19,7 @@ usage() {
   cat <<'USAGE'
 usage: bash tests/equivalence.sh [flags...]
 
-  --quick            a slice: each kind of strategy once
+  --quick            a slice: most strategies once
   --only REGEX       the cases whose name matches, as in the table's JSON
   --jobs N           process groups at a time (default: 1); those of one rank are spread over the GPUs, of those of
                      several ranks two share a GPU at most. Each rank takes a core

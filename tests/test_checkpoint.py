@@ -223,7 +223,7 @@ def test_an_epoch_ends_with_a_checkpoint_and_the_next_goes_on_in_new_order(tmp_p
 def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
     folder = tmp_path / "run"
     common = f"--model_name_or_path {MINI} --from_scratch --dataset synthetic --block_size 32 --no-save_final"
-    command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--max_train_steps", "400"]
+    command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--max_train_steps", "5000"]
     with subprocess.Popen(
         [*command, "--logging_steps", "1", "--output_dir", str(folder)], stdout=subprocess.PIPE, text=True
     ) as process:

@@ -145,7 +145,8 @@ def test_the_checkpoint_just_written_is_kept_beside_those_of_higher_steps(tmp_pa
 
 def test_a_run_that_overwrites_another_leaves_no_checkpoint_that_last_could_take(tmp_path):
     (tmp_path / "checkpoints" / "step-00000100").mkdir(parents=True)
-    (tmp_path / "final").mkdir()
+    for name in ("final", "tensorboard"):
+        (tmp_path / name).mkdir()
     (tmp_path / "metrics.jsonl").touch()
     recorder._remove_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]

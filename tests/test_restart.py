@@ -59,6 +59,15 @@ def test_auto_and_restarts_need_a_folder(monkeypatch):
     assert [problem.split(":")[0] for problem in found] == ["--resume_from_checkpoint auto", "MAX_RESTARTS"]
 
 
+def test_ranks_that_were_healthy_when_another_machine_failed_know_that_they_start_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLM_EXIT_CODE_FILE", str(tmp_path / "code"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert [runtime.started_again() for _ in range(2)] == [False, False]
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert runtime.started_again()
+
+
 def test_a_restart_forgets_how_the_ranks_before_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("CLM_EXIT_CODE_FILE", str(tmp_path / "code"))
     (tmp_path / "code").write_text("1")

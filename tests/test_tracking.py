@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tracking
 from args import TrainArgs
@@ -16,8 +17,7 @@ from args import TrainArgs
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return what TensorBoard reads, by name."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = reader.EventAccumulator(str(folder))
+    events = EventAccumulator(str(folder))
     events.Reload()
     return {name: [(each.step, each.value) for each in events.Scalars(name)] for name in events.Tags()["scalars"]}
 

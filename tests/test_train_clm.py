@@ -23,6 +23,7 @@ STRATEGIES = {
     "gemini": "--plugin gemini",
     "tensor parallel": "--plugin hybrid_parallel --tp 2",
     "pipeline": "--plugin hybrid_parallel --pp 2",
+    "hybrid, accumulated": "--plugin hybrid_parallel --per_device_train_batch_size 1 --gradient_accumulation_steps 2",
     "recompute": "--plugin torch_ddp --gradient_checkpointing 2",
 }
 HALF_PRECISION = ("torch_ddp_fp16", "gemini")

@@ -38,9 +38,9 @@ def test_a_stopped_rank_is_named_with_its_state_and_stack_and_no_process_outlive
     code, output, _ = run_ranks("stop", tmp_path)
     assert code == 1 and (tmp_path / "code").read_text() == "1"
     told = re.search(
-        r"error: rank 1 of 2 \(host \S+, pid (\d+)\) has not answered for 3 s; last seen (.*); the", output
+        r"error: rank 1 of 2 \(host \S+, pid (\d+)\) has not answered for (\d+) s; last seen (.*); the", output
     )
-    assert told and told[2] == f"at step {HARM_STEP} in forward"
+    assert told and int(told[2]) >= TIMEOUT_S and told[3] == f"at step {HARM_STEP} in forward"
     assert f"process {told[1]} is in state T (stopped):" in output and "in come_to" in output
     assert "[rank 0] thread MainThread:" in output and "dist.all_reduce(torch.ones(1))" in output
     assert not os.path.exists(f"/proc/{told[1]}")
@@ -49,7 +49,7 @@ def test_a_stopped_rank_is_named_with_its_state_and_stack_and_no_process_outlive
 def test_a_rank_that_stands_still_is_named_by_those_that_wait_and_shows_its_own_stack(tmp_path):
     code, output, _ = run_ranks("stand", tmp_path)
     assert code == 1 and (tmp_path / "code").read_text() == "1"
-    assert re.search(rf"error: rank 1 of 2 .* has been at step {HARM_STEP} in forward for \d s", output)
+    assert re.search(rf"error: rank 1 of 2 .* has been at step {HARM_STEP} in forward for \d+ s", output)
     assert output.count("error: rank") == 1
     assert "[rank 1] thread MainThread:" in output and "in come_to" in output
 
