@@ -4,10 +4,10 @@
 # or SIGTERM: the table then says so.
 #
 # Hardware: two CPU cores (1, 2 and 4 ranks on gloo); on NVIDIA GPUs as many ranks as there are GPUs, up to 4.
-# Time: about half an hour on two cores, with --quick under three minutes; --jobs divides it where there are more cores.
+# Time: 30 to 40 minutes on two cores, with --quick under three minutes; --jobs divides it where there are more cores.
 #
 #   bash tests/equivalence.sh                       # the whole matrix
-#   bash tests/equivalence.sh --quick               # each kind of strategy once
+#   bash tests/equivalence.sh --quick               # most strategies once
 #   bash tests/equivalence.sh --only 'pp-2.*fp32'   # the cases with such a name
 #   bash tests/equivalence.sh --jobs 12             # on GPUs, with 16 cores or more
 #   CUDA_VISIBLE_DEVICES= bash tests/equivalence.sh # on the CPU of a machine with a GPU
