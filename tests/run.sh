@@ -2,7 +2,7 @@
 # Makes the environment with the development tools and runs the tests. Arguments go to pytest.
 #
 # Hardware: two CPU cores, no GPU, no network but a package index the first time.
-# Time: under 10 minutes; the first call makes .venv (1 to 8 minutes more).
+# Time: about 15 minutes; the first call makes .venv (1 to 8 minutes more).
 #
 #   bash tests/run.sh                              # all that needs no GPU
 #   bash tests/run.sh tests/test_launchers.py -x
