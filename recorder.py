@@ -76,6 +76,7 @@ class Recorder:
             self.folder.mkdir(parents=True, exist_ok=True)
             if args.overwrite_output_dir and not (args.resume_from_checkpoint or args.eval_only):
                 _remove_run(self.folder)
+        # Before the folder counts as a run's: a tracker that cannot be opened leaves none.
         first_step = self.job.resume.manifest.progress.step + 1 if self.job.resume else 1
         self.tracker = tracking.open_tracker(args.report_to, self.folder, asdict(args), first_step=first_step)
         with writing(self.folder):

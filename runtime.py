@@ -163,16 +163,13 @@ def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float =
     if dist.is_initialized():  # several runs in one process
         return
     if "MASTER_ADDR" not in os.environ:
-        rendezvous: dict[str, Any] = {
-            "store": dist.TCPStore("127.0.0.1", 0, 1, is_master=True),
-            "rank": 0,
-            "world_size": 1,
-        }
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        rendezvous: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1}
     elif restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps the store, with the addresses of the ranks that are gone (pytorch issue 135712).
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        store = dist.PrefixStore(f"restart-{restarts()}", store)
-        rendezvous = {"store": store, "rank": rank, "world_size": world_size}
+        kept, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        own = dist.PrefixStore(f"restart-{restarts()}", kept)
+        rendezvous = {"store": own, "rank": rank, "world_size": world_size}
     else:
         rendezvous = {}
     if not runtime.on_cpu:

@@ -143,7 +143,11 @@ def settle_resume(args: TrainArgs) -> TrainArgs:
     word = args.resume_from_checkpoint
     if not args.output_dir or args.eval_only or not (word == "auto" or runtime.started_again()):
         return args
-    folders = list(Path(args.output_dir).glob("checkpoints/step-*"))
+    if needs_hub(args):
+        runtime.settle_hub()  # before transformers is imported, as checkpoint does
+    import checkpoint
+
+    folders = checkpoint.step_folders(Path(args.output_dir) / "checkpoints")
     if args.overwrite_output_dir and runtime.started_again():
         # It may have ended before it removed those of another run.
         folders = [folder for folder in folders if folder.stat().st_mtime >= runtime.start_of_torchrun()]

@@ -336,12 +336,12 @@ def _await_stacks(file: TextIO) -> str:
     """Return what the file holds once it is whole. Of all threads the main thread, the oldest, comes last."""
     end = time.monotonic() + STACK_WAIT_S
     text, since = "", time.monotonic()
-    while (now := time.monotonic()) < end and not (text and now - since > STACK_PAUSE_S):
-        time.sleep(STACK_POLL_S)
+    while (now := time.monotonic()) < end and not text.endswith(OUTERMOST):
         if more := file.read():
             text, since = text + more, now
-        if text.endswith(OUTERMOST):
+        elif text and now - since > STACK_PAUSE_S:
             break
+        time.sleep(STACK_POLL_S)
     return text.rstrip()
 
 

@@ -2,8 +2,8 @@
 
 Mends `from galore_torch import GaLoreAdafactor, GaLoreAdamW` in colossalai/nn/optimizer/__init__.py, `from
 bitsandbytes.optim.optimizer import Optimizer2State` in galore.py and distributed_galore.py beside it, and the
-`@torch.compile` of functions in quantization/fp8.py and shardformer/layer/attn.py. Every plugin imports these modules; none of ours uses
-what is in them.
+`@torch.compile` of functions in quantization/fp8.py and shardformer/layer/attn.py. Every plugin imports these modules;
+none of ours uses what is in them.
 """
 
 from __future__ import annotations

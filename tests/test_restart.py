@@ -19,7 +19,8 @@ def folder(tmp_path):
 
 
 def settled(folder, **flags):
-    args = train_clm.settle_resume(TrainArgs(output_dir=str(folder), **flags))
+    local = {"model_name_or_path": "tiny", "from_scratch": True, "dataset": "synthetic"}  # asks no hub
+    args = train_clm.settle_resume(TrainArgs(output_dir=str(folder), **local, **flags))
     return args.resume_from_checkpoint, args.overwrite_output_dir
 
 

@@ -53,7 +53,8 @@ def test_every_strategy_on_two_ranks_trains_and_exports_the_model_of_one_process
 
 
 def test_a_batch_that_auto_cuts_under_a_cap_trains_like_the_whole(tmp_path, run_many):
-    job = "--model_name_or_path tiny --per_device_train_batch_size 8 --dropout 0 --gradient_checkpointing off --eval_strategy no".split()
+    job = "--model_name_or_path tiny --per_device_train_batch_size 8 --dropout 0".split()
+    job += "--gradient_checkpointing off --eval_strategy no".split()
     flags = {"whole": [], "ddp": ["--mem_cap", "0.16"], "zero": ["--mem_cap", "0.13"]}
     runs = run_many(tmp_path, {name: [*job, *own] for name, own in flags.items()}, world=1)
     for name, plugin in (("ddp", "torch_ddp"), ("zero", "low_level_zero")):
@@ -154,8 +155,8 @@ def test_without_the_hub_the_message_names_the_files_to_give(tmp_path):
 def trained(tmp_path_factory, run_many, real_data):
     """Tiny, trained on real Netflix descriptions until it is clearly better than chance."""
     flags = (
-        "--model_name_or_path tiny --dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 --per_device_train_batch_size 8 "
-        "--num_train_epochs 1 --max_train_steps 40 --learning_rate 5e-3 --save_final --export_dtype fp32 --num_samples 1 "
+        "--model_name_or_path tiny --dataset netflix --block_size 48 --max_train_samples 400 --max_eval_samples 21 "
+        "--per_device_train_batch_size 8 --num_train_epochs 1 --max_train_steps 40 --learning_rate 5e-3 --save_final --export_dtype fp32 --num_samples 1 "
         "--prompt Love"
     )
     sources = [
