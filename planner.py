@@ -22,18 +22,16 @@ CUDA_BYTES = int(1.3 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
 # HybridParallelPlugin's groups for each axis, which one rank has too: measured on an H100.
 HYBRID_GROUPS_BYTES = int(0.38 * GIB)
-# A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.6 to
-# 1.9 GiB measured on an H200.
+# A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.5 to
+# 1.7 GiB measured on an H200, without what writing a checkpoint takes.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
-HOST_CUDA_PROCESS_BYTES = int(1.8 * GIB)
+HOST_CUDA_PROCESS_BYTES = int(1.6 * GIB)
 # Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
 # go to the host layer by layer as they are drawn.
 WEIGHTS_ROOM = 0.4
 # A compiled layer keeps about this much more of each token than its tensors add up to, whatever its width: measured on
 # an H100 at 125m and 1.3b; statistics of LayerNorm and attention are part of it.
 COMPILED_LAYER_BYTES = 400
-# Pinned blocks are rounded up to a power of two; the mean of that factor over all sizes is 2 ln 2. Estimate.
-PINNED_ROUNDING = 1.39
 # Share of the limit that a setting must leave free to be called fitting: fragmentation and our own error. Estimate.
 FIT_MARGIN = 0.05
 # Log-softmax's backward holds three fp32 matrices of the logits' size: its output, and the gradients of both sides.
@@ -355,7 +353,10 @@ def _local_zero_states(request: PlanRequest) -> States:
     largest = item * shape.vocab_size * shape.embed_dim
     gradients = min(item * p, item * FLUSH_ELEMENTS + largest) if request.step_in_backward else item * p
     has_masters = item == 2 or request.offload_optim_frac > 0
-    slots = 0 if request.on_cpu else NUM_SLOTS * 4 * SLOT_ELEMENTS
+    has_embedding = request.offload_optim_frac * p > shape.layer_params * shape.num_layers
+    largest_on_host = shape.vocab_size * shape.embed_dim if has_embedding else shape.hidden_size * shape.ffn_width
+    slot_elements = min(SLOT_ELEMENTS, 1 << (largest_on_host - 1).bit_length())
+    slots = 0 if request.on_cpu else NUM_SLOTS * 4 * slot_elements
     return States(
         parameters=item * p,
         kept_gradients=item * p if request.accumulates else 0,
@@ -378,7 +379,7 @@ def _gemini_states(request: PlanRequest) -> States:
     """Gemini: everything divided among the ranks; a parameter's 16-bit storage holds its gradient after backward.
 
     With accumulation gradients have storage of their own. Fractions of optimizer states and parameters live on the
-    host, where ColossalAI also keeps a pinned copy of every chunk, 16-bit and fp32, offloaded or not.
+    host, where a chunk's 16-bit and fp32 shards have memory once they were there (colossal_ext/gemini_device.py).
     Weights are built on the device and leave it only when all are there.
     """
     shape, share = request.shape, request.shape.num_params // request.dp_size
@@ -388,8 +389,7 @@ def _gemini_states(request: PlanRequest) -> States:
     gradients = 2 * share if request.accumulates else 0
     # A gather holds shard and chunk together; the next chunk is fetched meanwhile; an offloaded one arrives in fp32.
     communication = largest * (4 + (4 if request.offload_optim_frac else 0))
-    pinned = 0 if request.on_cpu else int(PINNED_ROUNDING * 6 * share)
-    unpinned = int((12 if request.on_cpu else 8) * share * request.offload_optim_frac)
+    sixteen_bit = 0 if request.on_cpu else 4 if request.accumulates else 2
     return States(
         parameters=int(2 * share * (1 - request.offload_param_frac)),
         kept_gradients=gradients,
@@ -400,7 +400,7 @@ def _gemini_states(request: PlanRequest) -> States:
         communication=communication,
         built_parameters=2 * share,
         built_masters=4 * share,
-        offloaded=pinned + unpinned,
+        offloaded=int((12 + sixteen_bit) * share * request.offload_optim_frac),
     )
 
 

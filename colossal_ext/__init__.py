@@ -6,6 +6,7 @@ host_accelerator   the plugins on CPU tensors and gloo (set_accelerator)
 adam_kernels       Adam without a compiler (KernelLoader.register_extension)
 triton_adam        its CUDA kernel for mixed dtypes; imported only where Triton is
 gemini_host        Gemini's chunks shard where device and host are both the CPU
+gemini_device      on a GPU, chunks have pinned memory only where they need it, and are not freed while they are read
 gemini_placement   Gemini's offload fractions mean what they say
 gemini_overflow    Gemini, fp16, accumulation: training goes on after an overflow
 gemini_chunks      chunk sizes that shard a model of any size

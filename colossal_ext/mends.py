@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .adam_kernels import register_adam_kernels
+from .gemini_device import install_gemini_device_chunks
 from .gemini_host import install_gemini_host_chunks
 from .gemini_overflow import install_gemini_overflow_mend
 from .gemini_placement import install_exact_placement
@@ -23,6 +24,8 @@ def install_mends(*, on_cpu: bool) -> None:
     if on_cpu:
         install_host_accelerator()
         install_gemini_host_chunks()
+    else:
+        install_gemini_device_chunks()
     install_exact_placement()
     install_gemini_overflow_mend()
     install_loss_scale_mend()

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def pinned_empty(numel: int) -> Tensor:
-    """Return (numel,) fp32 on the host, page-locked for as long as the tensor or a view of it is there.
+def pinned_empty(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return (numel,) on the host, page-locked for as long as the tensor or a view of it is there.
 
     `torch.empty(pin_memory=True)` takes the next power of two of bytes.
 
     Raises:
         torch.cuda.CudaError: the driver locks no more memory.
     """
-    tensor = torch.empty(numel)
+    tensor = torch.empty(numel, dtype=dtype)
     if numel == 0:
         return tensor
     tensor.zero_()  # touches the pages with all cores; the driver would with one

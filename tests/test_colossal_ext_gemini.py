@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +13,15 @@ import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lea
 # isort: split
 import pytest
 import torch
+import torch.distributed as dist
 from colossalai.zero.gemini import placement_policy
+from colossalai.zero.gemini.chunk.chunk import Chunk
 from colossalai.zero.gemini.chunk.search_utils import search_chunk_configuration
 from transformers import OPTConfig, OPTForCausalLM
 
 from colossal_ext import gemini_chunks as chunks
 from colossal_ext import gemini_host
+from colossal_ext.gemini_device import DeviceChunk
 from colossal_ext.gemini_placement import ExactStaticPlacementPolicy, install_exact_placement
 from opt_sizes import OPT_SHAPES
 
@@ -140,3 +145,54 @@ def test_host_chunks_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gemini_host, "get_accelerator", lambda: gpu)
     with pytest.raises(RuntimeError, match="CPU rehearsals only"):
         gemini_host.install_gemini_host_chunks()
+
+
+# --- chunks on a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_upstream_chunks_still_pin_a_copy_and_free_what_a_stream_reads() -> None:
+    source = inspect.getsource(Chunk)
+    assert "if self.pin_memory or self.shard_device.type" in source, "fixed upstream: DeviceChunk need not close chunks"
+    assert "record_stream" not in source, "fixed upstream: DeviceChunk.reduce may go"
+
+
+@pytest.fixture
+def one_nccl_rank() -> Iterator[None]:
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_chunk_takes_pinned_memory_when_it_leaves_the_gpu_and_comes_back_unchanged(
+    one_nccl_rank: None, dtype: torch.dtype
+) -> None:
+    weights = torch.randn(1000, device="cuda").to(dtype)
+    chunk = DeviceChunk(1001, dist.group.WORLD, dtype, pin_memory=True)
+    chunk.append_tensor(weights.clone())
+    chunk.close_chunk()
+    assert chunk.memory_usage["cpu"] == 0
+    chunk.shard_move(torch.device("cpu"))
+    assert chunk.payload.is_pinned()
+    assert chunk.payload.untyped_storage().nbytes() == 1001 * dtype.itemsize
+    assert torch.equal(chunk.payload[:1000], weights.cpu())
+    chunk.shard_move(torch.device("cuda", torch.cuda.current_device()))
+    assert chunk.device_type == "cuda"
+    assert torch.equal(chunk.payload[:1000], weights)
+
+
+@pytest.mark.gpu
+def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_nccl_rank: None) -> None:
+    stream, numel = torch.cuda.Stream(), 2**24
+    chunk = DeviceChunk(numel, dist.group.WORLD, torch.float32)
+    chunk.append_tensor(torch.ones(numel, device="cuda"))
+    chunk.close_chunk()
+    chunk.access_chunk()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # a reduction that is late: the next tensor of this size is made before it reads
+        chunk.reduce()
+    torch.empty(numel, device="cuda").zero_()
+    torch.cuda.synchronize()
+    assert chunk.payload.sum().item() == numel
