@@ -71,7 +71,6 @@ class TrainArgs:
     precision: str = flag("parallelism", "auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU where the plugin has it", choices=("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: str = flag("parallelism", "auto", "recompute activations: on, off, N (the first N layers), auto: where memory needs it", metavar="{auto,on,off,N}")
     compile: str = flag("parallelism", "auto", "torch.compile; auto: on a GPU, where the plugin allows it", choices=("auto", "on", "off"))
-    attention: str = flag("parallelism", "auto", "kernel of scaled dot-product attention: cudnn, torch (PyTorch's own choice), auto: cudnn on Hopper and later where all rows are of one length", choices=("auto", "cudnn", "torch"))
     mem_cap: float = flag("parallelism", 0.0, "memory cap of each GPU in GB (10^9 bytes); 0: none", type=float)
     zero_stage: int | None = flag("parallelism", None, "ZeRO stage: 1, 2 (low_level_zero; off: 1) or 0, 1, 2 (hybrid_parallel; off: 0)", type=int, choices=(0, 1, 2))
     tp: int = flag("parallelism", 1, "hybrid_parallel: GPUs that share each layer", type=int)
@@ -256,8 +255,6 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--num_microbatches and --pp_schedule: need --pp above 1")
     if args.compile == "on" and not args.packs_text:
         found.append("--compile on: not with --dataset netflix, whose batches differ in length; use off or auto")
-    if args.compile == "on" and plugin == "gemini":
-        found.append("--compile on: not with gemini, whose parameters change their storage; use off or auto")
     found += _unused_problems(args)
     return found
 

@@ -384,11 +384,13 @@ def _gemini_states(request: PlanRequest) -> States:
     """
     shape, share = request.shape, request.shape.num_params // request.dp_size
     on_device = 1 - request.offload_optim_frac
-    regular = min(LARGEST_CHUNK_ELEMENTS, shape.layer_params * shape.num_layers // 8)
-    largest = max(regular, shape.layer_params // 3, shape.vocab_size * shape.embed_dim)
+    regular = max(min(LARGEST_CHUNK_ELEMENTS, shape.layer_params * shape.num_layers // 8), shape.layer_params // 3)
+    largest = max(regular, shape.vocab_size * shape.embed_dim)
     gradients = 2 * share if request.accumulates else 0
-    # A gather holds shard and chunk together; the next chunk is fetched meanwhile; an offloaded one arrives in fp32.
-    communication = largest * (4 + (4 if request.offload_optim_frac else 0))
+    # A gather holds shard and chunk together, and the next chunk is fetched meanwhile; in the backward pass all chunks
+    # of a layer are there with its gradients. An offloaded chunk arrives in fp32.
+    communication = max(4 * largest, 2 * (shape.layer_params + regular) + 2 * shape.layer_params)
+    communication += 4 * largest if request.offload_optim_frac else 0
     sixteen_bit = 0 if request.on_cpu else 4 if request.accumulates else 2
     return States(
         parameters=int(2 * share * (1 - request.offload_param_frac)),
@@ -768,7 +770,7 @@ def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool)
         yield from (replace(zero, step_in_backward=True),) if can_step else ()
         for fraction in OFFLOAD_STEPS:
             yield _Setting("low_level_zero", fraction, 0.0, can_step)
-    if args.precision == "fp32" or args.compile == "on":
+    if args.precision == "fp32":
         return
     if not alone:
         yield _Setting("gemini")
@@ -794,7 +796,7 @@ def _precision(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> str:
 
 
 def _compiled(args: TrainArgs, *, on_cpu: bool) -> bool:
-    if args.plugin == "gemini" or args.tp > 1 or args.pp > 1 or not args.packs_text:
+    if args.tp > 1 or args.pp > 1 or not args.packs_text:
         return False
     return args.compile == "on" or (args.compile == "auto" and not on_cpu)
 
@@ -1093,8 +1095,7 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
 def _gemini_settings(args: TrainArgs) -> Iterator[dict[str, Any]]:
     if args.plugin == "hybrid_parallel":
         return
-    gemini = {"plugin": "gemini", **_half(args), **({"compile": "auto"} if args.compile == "on" else {})}
-    gemini = {} if args.plugin == "gemini" else gemini
+    gemini = {} if args.plugin == "gemini" else {"plugin": "gemini", **_half(args)}
     yield gemini
     if args.offload_optim_frac < 1 or gemini:
         yield {**gemini, "offload_optim_frac": 1.0}

@@ -278,7 +278,7 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                     pp=pp,
                     num_microbatches=max(n for n in range(1, 4 * pp + 1) if rows % n == 0) if pp > 1 else 1,
                     checkpointed_layers=recomputed,
-                    compiled=plugin != "gemini" and tp == pp == 1,
+                    compiled=tp == pp == 1,
                 )
 
 

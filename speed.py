@@ -13,8 +13,8 @@ from report import MatrixShape, token_flops
 # Between what 1.3b (138 ms) and 2.7b under a cap (788 ms) reach on one H100 (README, results and memory): 50 % of its
 # dense 989 TFLOP/s.
 GPU_FLOPS = 500e12
-# Tokens/s of 125m, batch 32 x 1024, on one H100, each over low_level_zero's 476,044 (README, results). Gemini is not
-# compiled and pays most for its hooks at this size: for larger models it is underrated.
+# Tokens/s of 125m, batch 32 x 1024, on one H100, each over low_level_zero's 476,044 (README, results). Gemini's is from
+# when its layers were not compiled: it is underrated.
 PLUGIN_SPEED = {
     "low_level_zero": 1.0,
     "hybrid_parallel": 0.961,

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from args import TrainArgs, pipeline_microbatches
-from model import compile_layers
+from model import compile_layers, decoder_layers
 from runtime import Runtime, quiet_colossalai
 
 if TYPE_CHECKING:
@@ -29,33 +28,15 @@ if TYPE_CHECKING:
 # fp16 skips steps until the scale fits: 16 of them from LowLevelZero's own start, 2^32, and in the equivalence matrix
 # two from 2^16 on several ranks, whose own few rows have larger gradients than the whole batch, none on one.
 INITIAL_LOSS_SCALE = 2**12
-# Attention that cuDNN cannot do, in fp32 or with a mask, falls to the next.
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def resolve_compile(args: TrainArgs, *, on_cpu: bool) -> str:
-    """Return `on` or `off`: auto compiles on a GPU under the plugins whose modules a graph can hold."""
+    """Return `on` or `off`: auto compiles on a GPU where one graph serves all batches and no rank divides a layer."""
     if args.compile != "auto":
         return args.compile
     # Rows of many lengths: torch 2.11 fails on a graph of dynamic shape, and one graph a length never ends.
-    has_one_graph = args.packs_text and args.plugin != "gemini" and args.tp == 1
+    has_one_graph = args.packs_text and args.tp == 1
     return "on" if has_one_graph and not on_cpu and _has_c_compiler() else "off"
-
-
-def resolve_attention(args: TrainArgs, *, on_cpu: bool) -> str:
-    """Return `cudnn` or `torch`: auto takes cuDNN's kernels from Hopper on, where they are the fastest.
-
-    cuDNN makes a plan for each shape it meets: rows of many lengths would spend their time on that.
-    """
-    if args.attention != "auto":
-        return args.attention
-    has_hopper = not on_cpu and torch.cuda.get_device_capability() >= (9, 0)
-    return "cudnn" if has_hopper and args.packs_text and args.precision != "fp32" else "torch"
 
 
 def _has_c_compiler() -> bool:
@@ -108,6 +89,8 @@ class Engine:
         """Hand model, optimizer and schedule to the plugin, which shards them."""
         if self.args.compile == "on":
             compile_layers(model)
+        if self.args.plugin == "gemini":
+            _hook_layers(model)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
 
     @property
@@ -156,7 +139,7 @@ class Engine:
             last: whether the step's gradients are complete, and may be exchanged, after this one.
             at_loss: gets the summed loss: before the backward pass, except under a pipeline.
         """
-        with self._accumulation(last), self._attention():
+        with self._accumulation(last):
             if self.is_pipeline:
                 at_loss(self._run_pipeline(batch, scale))
                 return
@@ -169,12 +152,11 @@ class Engine:
         """Return the summed loss of one micro-batch in evaluation mode."""
         self.model.eval()
         try:
-            with self._attention():
-                if self.is_pipeline:
-                    # Outside no_sync the plugin sums gradients of tied weights that evaluation has not made.
-                    with self.model.no_sync():
-                        return self._run_pipeline(batch, None)
-                return self._counted(self.model(**_to_device(batch, self.runtime.device)).loss)
+            if self.is_pipeline:
+                # Outside no_sync the plugin sums gradients of tied weights that evaluation has not made.
+                with self.model.no_sync():
+                    return self._run_pipeline(batch, None)
+            return self._counted(self.model(**_to_device(batch, self.runtime.device)).loss)
         finally:
             self.model.train()
 
@@ -314,12 +296,6 @@ class Engine:
             return nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
 
-    def _attention(self) -> AbstractContextManager[None]:
-        """Return the context in which attention takes the kernels that were asked for, first those that can."""
-        if self.args.attention != "cudnn":
-            return nullcontext()
-        return sdpa_kernel(CUDNN_FIRST, set_priority=True)
-
     def _run_pipeline(self, batch: dict[str, Tensor], scale: Tensor | None) -> Tensor:
         total = torch.zeros((), device=self.runtime.device)
 
@@ -331,6 +307,13 @@ class Engine:
         optimizer = None if scale is None else self.optimizer
         self.booster.execute_pipeline(_once(batch), self.model, criterion, optimizer, return_loss=True)
         return self._counted(total)
+
+
+def _hook_layers(model: Any) -> None:
+    from colossal_ext.gemini_layers import hook_layers, with_plain_tensors
+
+    hook_layers(decoder_layers(model))
+    model.loss_function = with_plain_tensors(model.loss_function)
 
 
 def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -307,9 +307,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )
-    compiles = strategy.resolve_compile(args, on_cpu=process.on_cpu)
-    attention = strategy.resolve_attention(args, on_cpu=process.on_cpu)
-    return choice, replace(args, compile=compiles, attention=attention)
+    return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
 
 
 def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:

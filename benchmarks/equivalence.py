@@ -41,6 +41,7 @@ from benchmarks.equivalence_cases import (
     Case,
     Reference,
     all_cases,
+    compiled,
     possible,
     quick_cases,
     strategies,
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     cases = possible(quick_cases() if args.quick else all_cases(), torch.cuda.device_count())
     cases = [case for case in cases if re.search(args.only, case.name)]
+    cases = compiled(cases) if args.compile else cases
     if not cases:
         raise SystemExit(f"--only {args.only}: no case is named like this")
     with tempfile.TemporaryDirectory(prefix="equivalence-") as folder:
@@ -98,6 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="equivalence.sh", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a slice: most strategies once, under three minutes")
     parser.add_argument("--only", default="", metavar="REGEX", help="the cases whose name matches; off: all")
+    parser.add_argument("--compile", action="store_true", help="only those with packed rows, layers and loss compiled")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="process groups at a time (default: 1)")
     parser.add_argument("--train_file", type=Path, default=ROOT / "LICENSE", help="text to train on, 7 kB or more")
     parser.add_argument(

@@ -88,6 +88,7 @@ class Case:
         rows: packed, all of one length, or padded to the longest of a batch.
         evaluates: 0: train; else only evaluate the reference's trained weights with this batch on each GPU.
         fault: what is done wrong on purpose (equivalence_worker.FAULTS): the comparison has to notice.
+        compiled: the decoder layers and the loss.
     """
 
     strategy: Strategy
@@ -100,6 +101,7 @@ class Case:
     dropout: float = 0.0
     evaluates: int = 0
     fault: str = ""
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -118,6 +120,7 @@ class Case:
             "clipping": "clip" if self.clips else "",
             "recompute": "recompute" if self.recompute else "",
             "dropout": f"dropout {self.dropout}" if self.dropout else "",
+            "compiled": "compiled" if self.compiled else "",
         }
 
     @property
@@ -137,7 +140,7 @@ class Case:
         batch_size = self.evaluates or GLOBAL_BATCH_SIZE // (self.strategy.world_size * self.accumulation)
         # A pipeline evaluates with the batch it was trained with.
         evaluation_batch_size = batch_size if self.strategy.has_stages or self.evaluates else 3
-        flags = f"""{self.strategy.flags} --precision {self.precision} --allow_cpu_fp16 --compile off
+        flags = f"""{self.strategy.flags} --precision {self.precision} --allow_cpu_fp16 --compile {"on" if self.compiled else "off"}
             --dataset {"wikitext" if self.rows == "packed" else "netflix"} --block_size {ROW_LENGTH}
             --per_device_train_batch_size {batch_size} --per_device_eval_batch_size {evaluation_batch_size}
             --gradient_accumulation_steps {self.accumulation} --num_train_epochs {NUM_EPOCHS}
@@ -253,6 +256,12 @@ def quick_cases() -> list[Case]:
     ]
     evaluated = [strategy for strategy in found if strategy.name in ("DDP", "pp 2", "pp 2 x dp 2")]
     return [*trained, *itertools.chain.from_iterable(map(evaluations, evaluated)), *faults()]
+
+
+def compiled(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases whose layers and loss can be compiled, with that: training on rows of one length."""
+    fitting = (case for case in cases if case.rows == "packed" and not case.evaluates)
+    return [replace(case, compiled=True) for case in fitting]
 
 
 def possible(cases: Sequence[Case], num_gpus: int) -> list[Case]:

@@ -127,6 +127,8 @@ def run(order: Order, process: Runtime, folder: Path) -> dict[str, Any]:
     engine.close()
     del engine
     gc.collect()
+    if job.args.compile == "on":
+        torch._dynamo.reset()  # past eight graphs of one function the rest of this process would not be compiled
     return {
         "name": order.name,
         "losses": [step.loss for step in book.steps],

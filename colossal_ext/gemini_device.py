@@ -49,14 +49,23 @@ class DeviceChunk(Chunk):
         grad_chunk.pin_memory = self.pin_memory = pin_memory
         return grad_chunk
 
+    def release_chunk(self) -> None:
+        """Free the gathered chunk once the current stream has read it."""
+        self._outlive_current_stream()
+        super().release_chunk()
+
     def reduce(self, async_op: bool = False) -> None:
-        """Reduce on the current stream, which the gathered gradients outlive.
+        """Reduce on the current stream, and free the gathered gradients once it has.
 
         Args:
-            async_op: not looked at: a collective on a stream of its own would be read from by a third stream.
+            async_op: not looked at: NCCL would read on a stream of its own, which nothing here knows.
         """
-        self.cuda_global_chunk.record_stream(torch.cuda.current_stream())
+        self._outlive_current_stream()
         super().reduce()
+
+    def _outlive_current_stream(self) -> None:
+        if self.is_gathered:
+            self.cuda_global_chunk.record_stream(torch.cuda.current_stream())
 
 
 def install_gemini_device_chunks() -> None:

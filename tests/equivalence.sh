@@ -21,6 +21,7 @@ usage: bash tests/equivalence.sh [flags...]
 
   --quick            a slice: most strategies once
   --only REGEX       the cases whose name matches, as in the table's JSON
+  --compile          only those with packed rows, their layers and loss compiled; on a CPU ten seconds and more each
   --jobs N           process groups at a time (default: 1); those of one rank are spread over the GPUs, of those of
                      several ranks two share a GPU at most. Each rank takes a core
   --train_file FILE  train on this text, a token a byte (default: LICENSE); 7 kB are enough

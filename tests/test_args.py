@@ -171,7 +171,6 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(flags: dict[str, An
             "--step_in_backward on: not with --max_grad_norm",
         ),
         ({"plugin": "gemini", "offload_param_frac": 0.5}, "--offload_param_frac: needs --offload_optim_frac 1"),
-        ({"plugin": "gemini", "compile": "on"}, "--compile on: not with gemini"),
     ],
 )
 def test_a_plugin_refuses_what_it_cannot_do(flags: dict[str, Any], problem: str) -> None:

@@ -1,4 +1,4 @@
-"""Gemini's chunk sizes and placement, without processes; training with them is in test_colossal_ext_training.py."""
+"""Gemini's chunk sizes, placement and layers, without processes; training is in test_colossal_ext_training.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lea
 import pytest
 import torch
 import torch.distributed as dist
+from colossalai.tensor.colo_tensor import ColoTensor
+from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
 from colossalai.zero.gemini import placement_policy
 from colossalai.zero.gemini.chunk.chunk import Chunk
 from colossalai.zero.gemini.chunk.search_utils import search_chunk_configuration
 from transformers import OPTConfig, OPTForCausalLM
 
 from colossal_ext import gemini_chunks as chunks
-from colossal_ext import gemini_host
+from colossal_ext import gemini_host, gemini_layers
 from colossal_ext.gemini_device import DeviceChunk
 from colossal_ext.gemini_placement import ExactStaticPlacementPolicy, install_exact_placement
 from opt_sizes import OPT_SHAPES
@@ -196,3 +198,97 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
     torch.empty(numel, device="cuda").zero_()
     torch.cuda.synchronize()
     assert chunk.payload.sum().item() == numel
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class ReleasingHook(ColoParamOpHook):
+    """Frees the storage of parameters where Gemini may, fills it again where it must, and notes both."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.storages: dict[torch.Tensor, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def gather(self, name: str, params: list[torch.Tensor]) -> None:
+        self.calls.append(f"{name} {len(params)}")
+        for storage, content in (self.storages[param] for param in params if param in self.storages):
+            storage.resize_(content.nbytes())
+            storage.copy_(content)
+
+    def release(self, name: str, params: list[torch.Tensor]) -> None:
+        self.calls.append(name)
+        for param in params:
+            storage = param.untyped_storage()
+            self.storages.setdefault(param, (storage, storage.clone()))
+            storage.resize_(0)
+
+    def pre_forward(self, params: list[torch.Tensor]) -> None:
+        self.gather("pre_forward", params)
+
+    def post_forward(self, params: list[torch.Tensor]) -> None:
+        self.release("post_forward", params)
+
+    def pre_backward(self, params: list[torch.Tensor]) -> None:
+        self.gather("pre_backward", params)
+
+    def post_backward(self, params: list[torch.Tensor]) -> None:
+        self.calls.append("post_backward")
+
+
+def small_layer(*, recomputes: bool = False) -> Any:
+    """Return one decoder layer, the same for everyone."""
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, dropout=0)
+    model: Any = OPTForCausalLM(config).train()
+    if recomputes:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.model.decoder.layers[0]
+
+
+def gradients(layer: Any, *hooks: ColoParamOpHook) -> list[torch.Tensor | None]:
+    """Return those of the input and the parameters."""
+    hidden = torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16).requires_grad_()
+    with ColoParamOpHookManager.use_hooks(*hooks):
+        layer(hidden).square().sum().backward()
+    return [hidden.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_a_layer_calls_the_hooks_once_and_uses_no_parameter_that_they_release(
+    backend: str | None, recomputes: bool
+) -> None:
+    layer, hook = small_layer(recomputes=recomputes), ReleasingHook()
+    if backend:
+        layer.compile(backend=backend)
+    gemini_layers.hook_layers([layer])
+    for parameter in layer.parameters():
+        parameter.register_hook(lambda gradient: hook.calls.append("gradient"))
+    torch.testing.assert_close(gradients(layer, hook), gradients(small_layer()))
+    again = ["pre_forward 16"] if recomputes else []
+    first, last = ["pre_forward 16", "post_forward", "pre_backward 16"], ["post_backward", *["gradient"] * 16]
+    assert hook.calls == [*first, *again, *last]
+
+
+def test_a_layer_that_fails_keeps_its_parameters() -> None:
+    layer = small_layer()
+    gemini_layers.hook_layers([layer])
+    before = list(layer.parameters())
+    with pytest.raises(RuntimeError, match="shape"):
+        layer(torch.zeros(2, 5, 7))
+    assert all(new is old for new, old in zip(layer.parameters(), before, strict=True))
+
+
+def test_a_function_gets_plain_tensors_and_their_gradients_return() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    logits = leaf * 3
+    logits.__class__ = ColoTensor
+
+    @gemini_layers.with_plain_tensors
+    def function(factor: float, *, logits: torch.Tensor) -> torch.Tensor:
+        assert type(logits) is torch.Tensor
+        return (factor * logits).sum()
+
+    function(5.0, logits=logits).backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == [15.0, 15.0]

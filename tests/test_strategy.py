@@ -7,7 +7,7 @@ from torch import nn
 import strategy
 from args import PLUGINS, TrainArgs
 from model import build_model, find_model
-from strategy import PLUGIN_TABLE, Engine, resolve_attention, resolve_compile, workload
+from strategy import PLUGIN_TABLE, Engine, resolve_compile, workload
 
 
 class EngineOfRank(Engine):
@@ -40,7 +40,7 @@ def test_every_plugin_of_the_command_line_has_a_row():
     [
         ({"plugin": "torch_ddp"}, False, "on"),
         ({"plugin": "torch_ddp"}, True, "off"),
-        ({"plugin": "gemini"}, False, "off"),
+        ({"plugin": "gemini"}, False, "on"),
         ({"plugin": "torch_ddp", "dataset": "netflix"}, False, "off"),
         ({"plugin": "hybrid_parallel", "tp": 2}, False, "off"),
         ({"plugin": "torch_ddp", "compile": "on"}, True, "on"),
@@ -55,26 +55,6 @@ def test_auto_compiles_on_a_gpu_where_the_plugin_allows_it(changes, on_cpu, comp
 def test_without_a_c_compiler_auto_does_not_compile(monkeypatch):
     monkeypatch.setattr(strategy.shutil, "which", lambda name: None)
     assert resolve_compile(TrainArgs(plugin="torch_ddp"), on_cpu=False) == "off"
-
-
-@pytest.mark.parametrize(
-    ("changes", "capability", "attention"),
-    [
-        ({}, (9, 0), "cudnn"),
-        ({}, (8, 0), "torch"),
-        ({"precision": "fp32"}, (9, 0), "torch"),
-        ({"dataset": "netflix"}, (9, 0), "torch"),
-        ({"attention": "cudnn"}, (8, 0), "cudnn"),
-        ({"attention": "torch"}, (9, 0), "torch"),
-    ],
-)
-def test_auto_takes_cudnn_on_hopper_where_rows_are_of_one_length(changes, capability, attention, monkeypatch):
-    monkeypatch.setattr(strategy.torch.cuda, "get_device_capability", lambda: capability)
-    assert resolve_attention(replace(TrainArgs(), **changes), on_cpu=False) == attention
-
-
-def test_on_a_cpu_attention_is_left_to_torch():
-    assert resolve_attention(TrainArgs(), on_cpu=True) == "torch"
 
 
 def test_the_workload_counts_tied_weights_once_and_names_them_twice():
