@@ -92,6 +92,8 @@ class Engine:
         if self.args.plugin == "gemini":
             _hook_layers(model)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
+        if self.args.plugin == "gemini" and not self.runtime.on_cpu and not _uses_host(self.args):
+            _wait_on_the_gpu(self.model)
 
     @property
     def steps_in_backward(self) -> bool:
@@ -316,6 +318,13 @@ def _hook_layers(model: Any) -> None:
     model.loss_function = with_plain_tensors(model.loss_function)
 
 
+def _wait_on_the_gpu(model: Any) -> None:
+    from colossal_ext.gemini_device import StreamOrder
+
+    if model.enable_async_reduce:
+        model.async_reduce_stream = StreamOrder(model.async_reduce_stream)
+
+
 def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield batch
 
@@ -408,11 +417,17 @@ def _gemini(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
         max_norm=args.max_grad_norm,
         initial_scale=INITIAL_LOSS_SCALE,
         enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
-        enable_async_reduce=not runtime.on_cpu,  # needs pinned memory
+        # On one GPU without offload there is nothing to reduce and nowhere to move it.
+        enable_async_reduce=not runtime.on_cpu and (runtime.world_size > 1 or _uses_host(args)),
         pin_memory=not runtime.on_cpu,
         **(fractions if args.placement == "static" else {}),
         **gemini_chunk_settings(workload.parameter_numels, runtime.world_size),
     )
+
+
+def _uses_host(args: TrainArgs) -> bool:
+    """Return whether Gemini may keep gradients or states on the host."""
+    return args.placement == "auto" or args.offload_optim_frac > 0
 
 
 def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:

@@ -1,6 +1,8 @@
-"""Gemini's chunks on a GPU: host memory only for what goes there, and gradients that are not overwritten."""
+"""Gemini's chunks on a GPU: host memory only for what goes there, no gradient overwritten, few waits of the host."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from colossalai.zero.gemini.chunk import chunk as chunk_module
@@ -63,9 +65,34 @@ class DeviceChunk(Chunk):
         self._outlive_current_stream()
         super().reduce()
 
+    @property
+    def has_inf_or_nan(self) -> Any:
+        """Whether gradients overflowed. Only fp16 asks (`check_local_overflow`, gemini_optimizer.py:63)."""
+        return super().has_inf_or_nan if self.dtype == torch.float16 else False
+
+    def set_l2_norm(self) -> None:
+        """Record the gradients' squared norm, on the GPU: chunk.py:262 makes the host wait for each chunk."""
+        numel = self.utilized_size if self.is_gathered else self.valid_end
+        self.l2_norm = torch.linalg.vector_norm(self.payload[:numel], dtype=torch.float32).square()
+
     def _outlive_current_stream(self) -> None:
         if self.is_gathered:
             self.cuda_global_chunk.record_stream(torch.cuda.current_stream())
+
+
+class StreamOrder:
+    """A stream that the current one waits for, where the host would have to.
+
+    GeminiDDP waits with the host for the reduced gradients (`_post_backward`, gemini_ddp.py:327), so that the GPU has
+    nothing to do while the optimizer is launched. Only an optimizer on the host needs that.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        """Let the current stream wait."""
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def install_gemini_device_chunks() -> None:
