@@ -411,6 +411,8 @@ def _gemini(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
     from colossal_ext.gemini_chunks import gemini_chunk_settings
 
     fractions = {"offload_optim_frac": args.offload_optim_frac, "offload_param_frac": args.offload_param_frac}
+    if runtime.world_size == 1 and not args.offload_param_frac:
+        fractions["shard_param_frac"] = 0.0  # a chunk given away between forward and backward would free nothing
     return GeminiPlugin(
         placement_policy=args.placement,
         precision=args.precision,
