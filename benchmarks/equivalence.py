@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -381,8 +382,7 @@ def run_group(share: Share, folder: Path, group: Path, stop: Event) -> dict[str,
     (group / "orders.json").write_text(json.dumps(orders))
     results, log = group / "found.jsonl", group / "log.txt"
     results.touch()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={share.world_size}"]
-    command += ["-m", "benchmarks.equivalence_worker", str(folder), str(group)]
+    command = [sys.executable, "-m", "benchmarks.equivalence_worker", str(share.world_size), str(folder), str(group)]
     with open(log, "w", encoding="utf-8") as output:
         end = watch(command, results, output, share.environment, stop)
     found: dict[str, Found] = {}
@@ -402,7 +402,9 @@ def watch(command: list[str], results: Path, output: Any, environment: dict[str,
     Returns:
         How it ended, in words.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
+    # NVML counts the GPUs: CUDA's own answer would keep forked ranks from using them.
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = os.environ | fixed | environment
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
     ) as process:
@@ -416,19 +418,9 @@ def watch(command: list[str], results: Path, output: Any, environment: dict[str,
                 elif time.monotonic() - since > SILENCE_S:
                     return f"deadlock: no answer for {SILENCE_S:.0f} s"
         finally:
-            if process.poll() is None:
-                # torchrun's ranks have sessions of their own, and end when it does.
-                process.send_signal(signal.SIGTERM)
-                end_soon(process)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # ranks that hang outlive the process that forked them
     return f"the process group ended with {process.returncode}"
-
-
-def end_soon(process: subprocess.Popen[bytes]) -> None:
-    """Wait until torchrun has ended its ranks, which it kills after 30 s."""
-    try:
-        process.wait(timeout=45)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------

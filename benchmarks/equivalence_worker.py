@@ -1,14 +1,19 @@
-"""One rank of equivalence.py: runs cases one after the other through train_clm.py's own functions.
+"""The ranks of one of equivalence.py's process groups: they run cases one after the other through train_clm.py's functions.
 
-Started by torchrun with the folder of weights and rows, and one of its process group's own that holds `orders.json`, a
-list of cases. Rank 0 appends what it found to `found.jsonl` there. A rank that fails appends its error and ends, which ends the group: the caller starts another one for the rest.
+    python -m benchmarks.equivalence_worker RANKS FOLDER GROUP
+
+FOLDER holds weights and rows, GROUP, the process group's own, `orders.json`: a list of cases. Ranks are forked, since
+importing the libraries takes longer than most cases. Rank 0 appends what it found to `found.jsonl` in GROUP. A rank that
+fails appends its error and ends, which ends the group: the caller starts another one for the rest.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -89,8 +94,33 @@ class Book:
         self.evaluations.append(evaluation.loss)
 
 
-def main(folder: Path, group: Path) -> None:
+def main(num_ranks: int, folder: Path, group: Path) -> None:
+    """Import what the ranks need, and fork them.
+
+    Raises:
+        torch.multiprocessing.ProcessExitedException: a rank failed; the others were ended.
+    """
+    for name in ("colossal_ext", "transformers.models.opt.modeling_opt", "transformers.optimization"):
+        importlib.import_module(name)
+    gc.freeze()  # what is imported stays: no collection of a rank's needs to look at it
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        run_rank, (num_ranks, port, folder, group), nprocs=num_ranks, start_method="fork"
+    )
+
+
+def run_rank(rank: int, num_ranks: int, port: int, folder: Path, group: Path) -> None:
     """Run the orders of a process group."""
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+        "MASTER_PORT": port,
+    }
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     process = current_runtime()
     if process.on_cpu:
         torch.set_num_threads(1)
@@ -214,4 +244,4 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
