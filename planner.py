@@ -26,6 +26,8 @@ HYBRID_GROUPS_BYTES = int(0.38 * GIB)
 # 1.9 GiB measured on an H200, without what writing a checkpoint takes.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
 HOST_CUDA_PROCESS_BYTES = int(1.65 * GIB)
+# Holes in malloc's heap, as a share of the states of layers: what 125m and 350m need on a CPU beyond their tensors.
+HEAP_HOLES = 0.08
 # Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
 # go to the host layer by layer as they are drawn.
 WEIGHTS_ROOM = 0.4
@@ -555,11 +557,28 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
     """Return one machine's memory: on a CPU the "device" is there too; on a GPU fp32 weights pass through it."""
     offloaded = _states(request).offloaded
     if request.on_cpu:
-        return request.processes_per_host * (HOST_PROCESS_BYTES + offloaded + device.total)
+        tensors = offloaded + device.total + _heap_bytes(request, device)
+        return request.processes_per_host * (HOST_PROCESS_BYTES + tensors)
     weights = 4 * request.shape.num_params
     stay = request.random_weights and weights <= weights_room(request.plugin, request.limit_bytes)
     loading = 0 if stay else weights
     return request.processes_per_host * (HOST_CUDA_PROCESS_BYTES + max(offloaded, loading))
+
+
+def _heap_bytes(request: PlanRequest, device: DeviceBytes) -> int:
+    """Return what a CPU's memory holds beside the tensors of the moment: holes in malloc's heap, a second gradient.
+
+    With every block given back at once (MALLOC_MMAP_THRESHOLD_=65536) the holes are gone, and time is lost. Between the
+    gradients of the layers lies what each recomputed layer freed: as much as if nothing were recomputed. The gradient of
+    the embedding waits for that of the head, which shares its weights.
+    """
+    shape = request.shape
+    states = device.parameters + device.gradients + device.master_weights + device.optimizer_moments
+    in_heap = states * shape.layer_params * shape.num_layers / shape.num_params
+    tokens = request.batch_size * request.block_size // request.num_microbatches
+    recomputed = request.checkpointed_layers * tokens * layer_activation_bytes(request) // request.pp
+    embedding = request.item_bytes * shape.vocab_size * shape.embed_dim // request.tp
+    return int(HEAP_HOLES * in_heap) + recomputed + embedding
 
 
 # ---------------------------------------------------------------------------- choice
