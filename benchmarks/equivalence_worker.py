@@ -10,10 +10,8 @@ fails appends its error and ends, which ends the group: the caller starts anothe
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -35,6 +33,7 @@ import model
 import strategy
 import train_clm
 from args import ConfigError, TrainArgs, parse_args, problems
+from benchmarks.forks import fork_ranks, import_what_can_be_forked
 from data import DataInfo, PreparedData, TokenRows
 from recorder import Job, Recorder
 from runtime import Runtime, current_runtime, start_process_group
@@ -100,27 +99,13 @@ def main(num_ranks: int, folder: Path, group: Path) -> None:
     Raises:
         torch.multiprocessing.ProcessExitedException: a rank failed; the others were ended.
     """
-    for name in ("colossal_ext", "transformers.models.opt.modeling_opt", "transformers.optimization"):
-        importlib.import_module(name)
+    import_what_can_be_forked()
     gc.freeze()  # what is imported stays: no collection of a rank's needs to look at it
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        run_rank, (num_ranks, port, folder, group), nprocs=num_ranks, start_method="fork"
-    )
+    fork_ranks(run_rank, num_ranks, folder, group)
 
 
-def run_rank(rank: int, num_ranks: int, port: int, folder: Path, group: Path) -> None:
+def run_rank(folder: Path, group: Path) -> None:
     """Run the orders of a process group."""
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": num_ranks,
-        "LOCAL_WORLD_SIZE": num_ranks,
-        "MASTER_PORT": port,
-    }
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     process = current_runtime()
     if process.on_cpu:
         torch.set_num_threads(1)

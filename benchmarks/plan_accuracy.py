@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import hardware  # noqa: E402
 import planner  # noqa: E402
 from args import TrainArgs, parse_args  # noqa: E402
+from benchmarks.forks import import_what_can_be_forked  # noqa: E402
 from benchmarks.packing import Need, Room  # noqa: E402
 from opt_sizes import OPT_SHAPES  # noqa: E402
 
@@ -297,9 +298,7 @@ def measure(lines: Sequence[str], options: argparse.Namespace) -> Iterator[dict[
     """Yield every cell's result, and print each as it ends."""
     _share_cores(options.jobs)
     with contextlib.redirect_stderr(io.StringIO()):
-        import runtime
-
-        _import_what_can_be_forked(runtime)
+        import_what_can_be_forked()
     outside_gib = None
     with tempfile.TemporaryDirectory() as folder:
         cells = Cells(hardware.visible_gpus(), options.jobs, options.seconds, options.limit_seconds, Path(folder))
@@ -332,22 +331,6 @@ def _share_cores(jobs: int) -> None:
         cores = max(1, (os.cpu_count() or 1) // jobs)
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
-
-
-def _import_what_can_be_forked(runtime: Any) -> None:
-    """Import what takes longest, but ColossalAI, whose import makes a CUDA context: that does not survive a fork."""
-    runtime.quiet_third_parties(runtime.Runtime(0, 1, 0, 1, torch_cpu(), 0))
-    import datasets  # noqa: F401
-    from transformers import OPTForCausalLM  # noqa: F401
-
-    import recorder  # noqa: F401
-
-
-def torch_cpu() -> Any:
-    """Return torch's CPU device; torch is imported late, so that --help answers at once."""
-    import torch
-
-    return torch.device("cpu")
 
 
 def main() -> None:

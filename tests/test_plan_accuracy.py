@@ -90,8 +90,8 @@ def test_neighbours_memory_is_not_taken_for_a_cells_own(monkeypatch: pytest.Monk
             yield {"line": line, "status": "ok", "memory": {"outside_gib": outside_gib}}
 
     monkeypatch.setattr(plan_accuracy.Cells, "run", results)
-    for name in ("_share_cores", "_import_what_can_be_forked"):
-        monkeypatch.setattr(plan_accuracy, name, lambda _: None)
+    monkeypatch.setattr(plan_accuracy, "_share_cores", lambda _: None)
+    monkeypatch.setattr(plan_accuracy, "import_what_can_be_forked", lambda: None)
     monkeypatch.setattr(plan_accuracy, "row", lambda result: {"cell": result["line"], "status": "not looked at"})
     for jobs, second in ((2, 1.25), (1, 40.0)):
         options = argparse.Namespace(jobs=jobs, seconds=9.0, limit_seconds=9.0)
