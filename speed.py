@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from report import MatrixShape, token_flops
 
-# Between what 1.3b (138 ms) and 2.7b under a cap (788 ms) reach on one H100 (README, results and memory): 50 % of its
+# Between what 1.3b (138 ms) and 2.7b under a cap (788 ms) reach on one H100 (2026-11-25): 50 % of its
 # dense 989 TFLOP/s.
 GPU_FLOPS = 500e12
 # Tokens/s of 125m, batch 32 x 1024, over low_level_zero's in the same call: 513,813 on an H200 (README, results),
@@ -30,7 +30,7 @@ BACKWARD_STEP_SPEED = 0.97
 # 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
 GPU_ADAM_S = 1e-11
 # Adam on 16 host cores, seconds a parameter, with its gradient and weight on their way over PCIe: what 2.7b with all states
-# on the host, 896 ms a step (README, memory), leaves of the host beside an H100.
+# on the host, 896 ms a step (2026-11-25), leaves of the host beside an H100.
 HOST_ADAM_S = 2.7e-10
 # A parameter kept on the host comes to the GPU for forward and backward: 2 x 2 bytes at 54 GB/s, and its gradient goes.
 HOST_PARAMETER_S = 1.1e-10
