@@ -23,9 +23,10 @@ NCCL_BYTES = int(0.5 * GIB)
 # HybridParallelPlugin's groups for each axis, which one rank has too: measured on an H100.
 HYBRID_GROUPS_BYTES = int(0.38 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.5 to
-# 1.9 GiB measured on an H200, without what writing a checkpoint takes.
+# 1.9 GiB measured on an H200, without what writing a checkpoint takes; until it compiles, 1.1 to 1.3.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
 HOST_CUDA_PROCESS_BYTES = int(1.65 * GIB)
+HOST_YOUNG_PROCESS_BYTES = int(1.2 * GIB)
 # Holes in malloc's heap, as a share of the states of layers: what 125m and 350m need on a CPU beyond their tensors.
 HEAP_HOLES = 0.08
 # Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
@@ -385,8 +386,11 @@ def _gemini_states(request: PlanRequest) -> States:
     Weights are built on the device and leave it only when all are there.
     """
     shape, share = request.shape, request.shape.num_params // request.dp_size
-    on_device = 1 - request.offload_optim_frac
     regular = max(min(LARGEST_CHUNK_ELEMENTS, shape.layer_params * shape.num_layers // 8), shape.layer_params // 3)
+    # Whole chunks go to the host: half a chunk more than was asked for.
+    wanted = request.offload_optim_frac * shape.num_params
+    offloaded = min(wanted + 0.5 * regular, shape.num_params) / shape.num_params if wanted else 0.0
+    on_device = 1 - offloaded
     largest = max(regular, shape.vocab_size * shape.embed_dim)
     gradients = 2 * share if request.accumulates else 0
     # A gather holds shard and chunk together, and the next chunk is fetched meanwhile; in the backward pass all chunks
@@ -404,7 +408,7 @@ def _gemini_states(request: PlanRequest) -> States:
         communication=communication,
         built_parameters=2 * share,
         built_masters=4 * share,
-        offloaded=int((12 + sixteen_bit) * share * request.offload_optim_frac),
+        offloaded=int((12 + sixteen_bit) * share * offloaded),
     )
 
 
@@ -561,8 +565,8 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
         return request.processes_per_host * (HOST_PROCESS_BYTES + tensors)
     weights = 4 * request.shape.num_params
     stay = request.random_weights and weights <= weights_room(request.plugin, request.limit_bytes)
-    loading = 0 if stay else weights
-    return request.processes_per_host * (HOST_CUDA_PROCESS_BYTES + max(offloaded, loading))
+    loading = HOST_YOUNG_PROCESS_BYTES + (0 if stay else weights)
+    return request.processes_per_host * max(HOST_CUDA_PROCESS_BYTES + offloaded, loading)
 
 
 def _heap_bytes(request: PlanRequest, device: DeviceBytes) -> int:

@@ -8,8 +8,8 @@
 
 Libraries are imported once; each cell is a process forked from there, a few steps of train_clm.py long. Cells side by
 side do not disturb each other's peaks, only their speed, which is not looked at. What lies beside a process's allocator
-is read from the card, though, where the neighbours' memory would count: with --jobs the smallest cell runs alone first,
-and its figure stands for all.
+is read from the card, though, where the neighbours' memory would count: with --jobs the smallest cell runs alone first, and so
+does the smallest of hybrid_parallel, whose process groups have buffers; their figures stand for the others.
 """
 
 from __future__ import annotations
@@ -252,26 +252,25 @@ class Cells:
     folder: Path
 
     def run(self, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield each cell's result as it ends; with several jobs the smallest runs alone first, then large before small."""
+        """Yield each cell's result as it ends; with several jobs `alone` ones first, then large before small."""
         started, running = time.monotonic(), list[Running]()
         needs = {line: need_of(line, self.gpus[0].memory_gib if self.gpus else None) for line in lines}
         waiting = sorted(lines, key=lambda line: -needs[line].gpu_gib - needs[line].host_gib)
         if self.jobs == 1:
             waiting = list(lines)
-        elif self.gpus:
-            waiting.insert(0, waiting.pop())
-        is_first = True
+        first = alone(waiting) if self.gpus and self.jobs > 1 else []
+        waiting = [*first, *(line for line in waiting if line not in first)]
         try:
             while waiting or running:
                 if time.monotonic() - started > self.seconds:
                     yield from ({"line": line, "status": "no time left"} for line in waiting)
                     waiting = []
-                running += self._start(waiting, needs, running, 1 if is_first and self.gpus else self.jobs)
+                running += self._start(waiting, needs, running, 1 if first else self.jobs)
                 wait([each.process.sentinel for each in running], timeout=0.5)
                 for each in list(running):
                     if (result := each.result()) is not None:
                         running.remove(each)
-                        is_first = False
+                        first = [line for line in first if line != each.line]
                         yield result
         finally:
             for each in running:
@@ -294,18 +293,27 @@ class Cells:
         return new
 
 
+def is_hybrid(line: str) -> bool:
+    return line.split()[1] == "hybrid_parallel"
+
+
+def alone(lines: Sequence[str]) -> list[str]:
+    """Return the cells, of those sorted large before small, that show what lies beside an allocator."""
+    last = {is_hybrid(line): line for line in lines}
+    return list(last.values())
+
+
 def measure(lines: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield every cell's result, and print each as it ends."""
     _share_cores(options.jobs)
     with contextlib.redirect_stderr(io.StringIO()):
         import_what_can_be_forked()
-    outside_gib = None
+    outside_gib: dict[bool, float] = {}  # of hybrid_parallel's cells, and of the others
     with tempfile.TemporaryDirectory() as folder:
         cells = Cells(hardware.visible_gpus(), options.jobs, options.seconds, options.limit_seconds, Path(folder))
         for result in cells.run(lines):
-            if result["status"] == "ok" and options.jobs > 1 and result["memory"]["outside_gib"] is not None:
-                outside_gib = result["memory"]["outside_gib"] if outside_gib is None else outside_gib
-                result["memory"]["outside_gib"] = outside_gib
+            if result["status"] == "ok" and options.jobs > 1 and (own := result["memory"]["outside_gib"]) is not None:
+                result["memory"]["outside_gib"] = outside_gib.setdefault(is_hybrid(result["line"]), own)
             print(table([row(result)]).splitlines()[2], flush=True)
             if result["status"].startswith(("exit", "timeout")):
                 print(_log_of(result["line"], Path(folder))[-600:], flush=True)
