@@ -121,10 +121,15 @@ OFFLOAD_OURS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A setting and who takes part in it."""
+    """A setting and who takes part in it.
+
+    Args:
+        min_gpus: fewer are not enough for any contestant.
+    """
 
     setting: Setting
     contestants: tuple[Contestant, ...]
+    min_gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ..
         _ours("low_level_zero", "--zero_stage", "2", name="low_level_zero_2", min_gpus=2),
         _ours("gemini"),
         _ours("hybrid_parallel", "--tp", "2", name="hybrid_tp2", min_gpus=2),
+        _ours("hybrid_parallel", "--tp", "2", "--pp", "2", name="hybrid_tp2_pp2", min_gpus=4),
     )
 
 
@@ -164,6 +170,10 @@ GPUS_CONTESTANTS = _scaling_contestants(
         _deepspeed("deepspeed_zero2", "--stage", "2"),
         _deepspeed("deepspeed_zero3", "--stage", "3"),
     )
+)
+LARGEST_CONTESTANTS = (
+    *(each for each in GPUS_CONTESTANTS if each.name not in ("torch_ddp", "low_level_zero", "low_level_zero_2")),
+    _ours("low_level_zero", "--zero_stage", "2", "--offload_optim_frac", "1", name="low_level_zero_2_offload"),
 )
 SPEED_CONTESTANTS = (
     PLAIN,
@@ -200,10 +210,12 @@ CASES = {
         (
             Entry(Setting("1.3b", 8, max_grad_norm=0), GPUS_CONTESTANTS),
             Entry(Setting("6.7b", 4, recompute=True, max_grad_norm=0), GPUS_CONTESTANTS),
+            Entry(Setting("13b", 4, recompute=True, max_grad_norm=0), GPUS_CONTESTANTS, min_gpus=2),
+            Entry(Setting("30b", 4, recompute=True, max_grad_norm=0), LARGEST_CONTESTANTS, min_gpus=4),
         ),
         num_workers=2,
         device_init=True,
-        needs_gb={"1.3b": 39},
+        needs_gb={"1.3b": 39, "13b": 139, "30b": 139},
         scales=True,
     ),
     "ranks": Case(
@@ -357,6 +369,8 @@ def scaled(case: Case, numbers: Sequence[int] | None) -> Iterator[Entry]:
         return
     for entry in case.entries:
         for gpus in numbers or powers_of_two(len(gpu_memories_gb()) or 2):
+            if gpus < entry.min_gpus:
+                continue
             contestants = tuple(each for each in entry.contestants if each.min_gpus <= gpus)
             yield Entry(replace(entry.setting, gpus=gpus), contestants)
 
