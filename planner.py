@@ -315,11 +315,13 @@ def _states(request: PlanRequest) -> States:
 def _ddp_states(request: PlanRequest) -> States:
     """DDP replicates 16 bytes a parameter; gradients live in its buckets, which stay (gradient_as_bucket_view).
 
-    On one rank (colossal_ext/local_ddp.py) there are no buckets.
+    On a GPU the first buckets are still there when others are made of them before the second step, as measured with
+    hybrid_parallel. On one rank (colossal_ext/local_ddp.py) there are no buckets.
     """
     p = stage_params(request)
-    stay = request.world_size > 1 or request.accumulates
-    return States(4 * p, 4 * p if stay else 0, 4 * p, 4 * p, 0, 8 * p, 0)
+    buckets = 0 if request.world_size == 1 else 1 if request.on_cpu else 2
+    kept = 4 * p * max(buckets, int(request.accumulates))
+    return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
 
 
 def _zero_states(request: PlanRequest) -> States:
@@ -415,17 +417,18 @@ def _gemini_states(request: PlanRequest) -> States:
 def _hybrid_states(request: PlanRequest) -> States:
     """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters and fp32 gradients.
 
-    Gradients stay: in DDP's buckets (gradient_as_bucket_view), which one rank has too; with stages from micro-batch to
-    micro-batch.
+    Gradients stay: in DDP's buckets (gradient_as_bucket_view), which one rank has too, and which on a GPU are still
+    there when DDP has made others of them before the second step; with stages from micro-batch to micro-batch.
     """
     p = stage_params(request)
     kept = request.item_bytes * p
+    at_loss = kept if request.on_cpu or request.pp > 1 else 2 * kept
     if request.precision == "fp32":
-        return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
+        return States(4 * p, at_loss, 4 * p, 4 * p, 0, 8 * p, 0)
     # Beside fp32 gradients DDP's 16-bit buckets stay; with stages each 16-bit gradient goes as its fp32 one comes.
     step_gradients = 4 * p + (kept if request.pp == 1 else 0)
     buckets = BUCKET_ELEMENTS * 2 if request.dp_size > 1 else 0
-    return States(2 * p, kept, 2 * p, step_gradients, 4 * p, 8 * p, buckets)
+    return States(2 * p, at_loss, 2 * p, step_gradients, 4 * p, 8 * p, buckets)
 
 
 # ---------------------------------------------------------------------------- activations

@@ -78,6 +78,8 @@ def test_another_decoder_is_described_by_its_true_count() -> None:
 
 # ---------------------------------------------------------------------------- states
 
+# What a process holds besides when it trains, and not when weights pass through it.
+NOT_YET_THERE = int(1.65 * GIB) - int(1.2 * GIB)
 STATES = ("parameters", "gradients", "master_weights", "optimizer_moments")
 
 
@@ -92,8 +94,10 @@ def state_bytes(moment: str, **changes: Any) -> list[float]:
 def test_ddp_replicates_sixteen_bytes_a_parameter() -> None:
     for precision in ("fp32", "bf16"):
         states = state_bytes("loss", plugin="torch_ddp", precision=precision, compiled=True, world_size=2)
-        assert states[1:] == [4, 0, 8]
-    # In buckets, which stay; one rank has none.
+        assert states[1:] == [8, 0, 8]
+    # In buckets, which stay, on a GPU twice until the second step; one rank has none.
+    on_cpu = state_bytes("loss", plugin="torch_ddp", precision="fp32", gpu_gib=None, world_size=2)
+    assert on_cpu == [4, 4, 0, 8]
     assert state_bytes("loss", plugin="torch_ddp", compiled=True, batch_size=32, block_size=1024)[1:] == [0, 0, 8]
     assert state_bytes("loss", plugin="torch_ddp", precision="fp32", world_size=8)[0] == 4
 
@@ -134,7 +138,7 @@ def test_offloaded_zero_keeps_its_optimizer_states_on_the_host() -> None:
     moved = plan(request_of("6.7b", "low_level_zero", world_size=2, offload_optim_frac=1.0))
     assert moved.device_bytes.master_weights == moved.device_bytes.optimizer_moments == 0
     # Half of 12 bytes of states and 4 of fp32 gradients a parameter instead of the 4 that pass through while loading.
-    assert moved.host_bytes - kept.host_bytes == (8 - 4) * shape_of("6.7b").num_params
+    assert moved.host_bytes - kept.host_bytes == (8 - 4) * shape_of("6.7b").num_params + NOT_YET_THERE
 
 
 def test_zero_on_one_gpu_shares_its_states_between_gpu_and_host() -> None:
@@ -144,7 +148,7 @@ def test_zero_on_one_gpu_shares_its_states_between_gpu_and_host() -> None:
         kept = predicted.device_bytes.master_weights + predicted.device_bytes.optimizer_moments
         assert kept / numel == pytest.approx(on_gpu, abs=0.1)
         slots = 16 * 128 * 2**20 if frac else 0
-        expected = max((12 - on_gpu) * numel + slots, 4 * numel) + 1.8 * GIB
+        expected = max((12 - on_gpu) * numel + slots, 4 * numel - NOT_YET_THERE) + 1.65 * GIB
         assert predicted.host_bytes == pytest.approx(expected, rel=0.01)
 
 
@@ -165,7 +169,8 @@ def test_gemini_divides_everything_and_keeps_gradients_in_the_parameters_storage
 def test_gemini_moves_optimizer_states_to_the_host_by_their_share() -> None:
     predicted = [plan(request_of("1.3b", "gemini", offload_optim_frac=share)) for share in (0.0, 0.5, 1.0)]
     masters = [each.device_bytes.master_weights / shape_of("1.3b").num_params for each in predicted[:2]]
-    assert masters == pytest.approx([4, 2])
+    # Whole chunks, of which the last one counts half.
+    assert masters == pytest.approx([4, 2 - 4 * 0.5 * 64 * 2**20 / shape_of("1.3b").num_params])
     assert predicted[0].total_bytes > predicted[1].total_bytes > predicted[2].total_bytes
     assert predicted[0].host_bytes < predicted[1].host_bytes < predicted[2].host_bytes
 
@@ -319,12 +324,12 @@ def test_tensor_parallelism_divides_the_logits() -> None:
 
 def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
     drawn, read = (plan(request_of("1.3b", "low_level_zero", random_weights=random)) for random in (True, False))
-    assert read.host_bytes - drawn.host_bytes == 4 * shape_of("1.3b").num_params
+    assert read.host_bytes - drawn.host_bytes == 4 * shape_of("1.3b").num_params - NOT_YET_THERE
     assert plan(request_of("6.7b", "low_level_zero", gpu_gib=40, random_weights=True)).host_bytes > 4 * 6.6e9
 
 
-# Peaks of one H100 (2026-11-25) and one H200 (2026-11-27), torch 2.11.0+cu130, layers and loss compiled one by one:
-# allocated memory and the 1.30 GiB beside it. Not among them: hybrid_parallel, whose layers were several graphs each.
+# Peaks of H200s (2026-11-27) and one H100 (2026-11-25), torch 2.11.0+cu130, layers and loss compiled one by one:
+# allocated memory and the 1.30 GiB beside it, with hybrid_parallel 1.67.
 OFFLOADED = {"checkpointed_layers": 32, "step_in_backward": True, "batch_size": 16}
 MEASURED_GIB = [
     ("125m", "low_level_zero", {"batch_size": 8}, 6.39),
@@ -350,6 +355,15 @@ MEASURED_GIB = [
     ("125m", "gemini", {"batch_size": 8}, 6.40),
     ("125m", "gemini", {"batch_size": 32}, 16.57),
     ("125m", "gemini", {"batch_size": 128}, 57.27),
+    ("350m", "gemini", {"batch_size": 8, "block_size": 2048}, 18.61),
+    ("1.3b", "gemini", {"batch_size": 4}, 24.36),
+    ("1.3b", "gemini", {"batch_size": 8, "offload_optim_frac": 0.5}, 22.62),
+    ("2.7b", "gemini", {"batch_size": 4, "checkpointed_layers": 32}, 37.55),
+    ("6.7b", "low_level_zero", {**OFFLOADED, "batch_size": 4}, 90.28),
+    ("125m", "hybrid_parallel", {"batch_size": 8}, 7.22),
+    ("125m", "hybrid_parallel", {"batch_size": 32}, 17.41),
+    ("125m", "hybrid_parallel", {"batch_size": 128}, 57.87),
+    ("1.3b", "hybrid_parallel", {"batch_size": 4, "block_size": 2048}, 35.17),
 ]
 
 
