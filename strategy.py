@@ -92,8 +92,8 @@ class Engine:
         if self.args.plugin == "gemini":
             _hook_layers(model)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
-        if self.args.plugin == "gemini" and not self.runtime.on_cpu and not _uses_host(self.args):
-            _wait_on_the_gpu(self.model)
+        if self.args.plugin == "gemini":
+            _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
 
     @property
     def steps_in_backward(self) -> bool:
@@ -318,11 +318,23 @@ def _hook_layers(model: Any) -> None:
     model.loss_function = with_plain_tensors(model.loss_function)
 
 
-def _wait_on_the_gpu(model: Any) -> None:
-    from colossal_ext.gemini_device import StreamOrder
+def _spare_the_host(model: Any, optimizer: Any, *, waits: bool) -> None:
+    """Let the host do less a step.
+
+    Args:
+        waits: the host has to wait for gradients and their norm: it updates some of the weights.
+    """
+    from colossal_ext.gemini_layers import drop_gradients_directly
+
+    drop_gradients_directly(model)
+    if waits:
+        return
+    from colossal_ext.gemini_device import StreamOrder, clip_on_device
 
     if model.enable_async_reduce:
         model.async_reduce_stream = StreamOrder(model.async_reduce_stream)
+    if optimizer is not None:
+        clip_on_device(optimizer)
 
 
 def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk import manager as manager_module
 from colossalai.zero.gemini.chunk.chunk import Chunk
@@ -93,6 +96,34 @@ class StreamOrder:
     def synchronize(self) -> None:
         """Let the current stream wait."""
         torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def clip_on_device(optimizer: Any) -> None:
+    """Make a GeminiOptimizer divide gradients by a number on the GPU, for which the host does not wait.
+
+    `_calc_global_norm` (gemini_optimizer.py:229 of 0.5.0) reads each group's norm, and only then is the optimizer
+    launched. Only an optimizer on the host needs that.
+    """
+    require_mended_version("colossalai.zero.gemini.gemini_optimizer.GeminiOptimizer")
+    optimizer._get_combined_scale = functools.partial(combined_scale, optimizer)
+
+
+def combined_scale(optimizer: Any) -> torch.Tensor | float:
+    """Return what gradients are to be divided by, loss scale x clipping, and remember their norm, as a tensor."""
+    scale: float = optimizer.mix_precision_mixin.get_grad_div_scale()
+    if not optimizer.clipping_flag:
+        return scale
+    squares = defaultdict[Any, list[torch.Tensor]](list)
+    for chunk in optimizer.chunk16_set:
+        grad_chunk = chunk if optimizer.module.chunk_manager.reuse_fp16_chunk else chunk.grad_chunk
+        squares[None if grad_chunk.is_gathered else grad_chunk.torch_pg].append(grad_chunk.l2_norm)
+        grad_chunk.l2_norm = None
+    sums = {group: torch.stack(parts).sum() for group, parts in squares.items()}
+    for group, square in sums.items():
+        if group is not None:
+            dist.all_reduce(square, group=group)
+    optimizer._current_grad_norm = norm = torch.stack(list(sums.values())).sum().sqrt()
+    return ((norm / scale + 1e-6) / optimizer.max_norm).clamp(min=1) * scale
 
 
 def install_gemini_device_chunks() -> None:

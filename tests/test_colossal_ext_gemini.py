@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,13 +18,16 @@ import torch.distributed as dist
 from colossalai.tensor.colo_tensor import ColoTensor
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
 from colossalai.zero.gemini import placement_policy
+from colossalai.zero.gemini.chunk import TensorState
 from colossalai.zero.gemini.chunk.chunk import Chunk
 from colossalai.zero.gemini.chunk.search_utils import search_chunk_configuration
+from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
+from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from transformers import OPTConfig, OPTForCausalLM
 
 from colossal_ext import gemini_chunks as chunks
 from colossal_ext import gemini_host, gemini_layers
-from colossal_ext.gemini_device import DeviceChunk
+from colossal_ext.gemini_device import DeviceChunk, combined_scale
 from colossal_ext.gemini_placement import ExactStaticPlacementPolicy, install_exact_placement
 from opt_sizes import OPT_SHAPES
 
@@ -200,6 +204,24 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
     assert chunk.payload.sum().item() == numel
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_the_divisor_on_the_device_is_upstreams(max_norm: float) -> None:
+    def optimizer(squares: list[Any]) -> Any:
+        chunks = [SimpleNamespace(is_gathered=True, l2_norm=square) for square in squares]
+        made = object.__new__(GeminiOptimizer)
+        manager = SimpleNamespace(reuse_fp16_chunk=True)
+        made.module, made.chunk16_set = SimpleNamespace(chunk_manager=manager), chunks
+        made.mix_precision_mixin = SimpleNamespace(get_grad_div_scale=lambda: 8.0)
+        made.clipping_flag, made.max_norm = True, max_norm
+        return made
+
+    ours = optimizer([torch.tensor(9.0), torch.tensor(55.0)])
+    upstream = optimizer([9.0, 55.0])
+    assert combined_scale(ours).item() == pytest.approx(upstream._get_combined_scale())
+    assert ours._current_grad_norm.item() == upstream._current_grad_norm == 8.0
+    assert all(chunk.l2_norm is None for chunk in ours.chunk16_set)
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +292,63 @@ def test_a_layer_calls_the_hooks_once_and_uses_no_parameter_that_they_release(
     again = ["pre_forward 16"] if recomputes else []
     first, last = ["pre_forward 16", "post_forward", "pre_backward 16"], ["post_backward", *["gradient"] * 16]
     assert hook.calls == [*first, *again, *last]
+
+
+class RecordingHook(GeminiZeROHook):
+    """Gemini's own, over two chunks that are always there, and that share out a layer's parameters."""
+
+    def __init__(self, layer: Any, *, reuse_fp16_chunk: bool) -> None:
+        parameters = list(layer.parameters())
+        self.chunks = [FilledChunk(parameters[:10]), FilledChunk(parameters[10:])]
+        self._chunk_manager: Any = SimpleNamespace(
+            reuse_fp16_chunk=reuse_fp16_chunk,
+            get_chunk=lambda parameter: next(chunk for chunk in self.chunks if parameter in chunk.tensors_info),
+        )
+
+    def pre_op(self, params: Any) -> None: ...
+
+    def post_op(self, params: Any) -> None: ...
+
+
+class FilledChunk:
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
+        self.tensors_info = {
+            parameter: SimpleNamespace(offset=end - parameter.numel(), end=end)
+            for parameter, end in zip(parameters, ends, strict=True)
+        }
+        self.cuda_global_chunk = torch.zeros(ends[-1])
+        self.ready: list[torch.Tensor] = []
+
+    def tensor_trans_state(self, parameter: torch.Tensor, state: TensorState) -> None:
+        assert state is TensorState.READY_FOR_REDUCE
+        self.ready.append(parameter)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_a_layers_gradients_are_copied_at_once_and_gemini_sees_the_last_of_each_chunk(backend: str | None) -> None:
+    layer = small_layer()
+    if backend:
+        layer.compile(backend=backend)
+    hook = RecordingHook(layer, reuse_fp16_chunk=True)
+    gemini_layers.hook_layers([layer])
+    seen = gradients(layer, hook)[1:]
+    expected = [gradient for gradient in gradients(small_layer())[1:] if gradient is not None]
+    parameters = list(layer.parameters())
+    assert [number for number, gradient in enumerate(seen) if gradient is not None] == [9, 15]
+    for chunk, numbers in zip(hook.chunks, (range(9), range(10, 15)), strict=True):
+        flat = torch.cat([expected[number].flatten() for number in numbers])
+        torch.testing.assert_close(chunk.cuda_global_chunk[: flat.numel()], flat)
+        assert not chunk.cuda_global_chunk[flat.numel() :].any()  # the last one's, which grad_handle copies
+        assert [id(each) for each in chunk.ready] == [id(parameters[number]) for number in numbers]
+
+
+def test_with_accumulation_gemini_sees_every_gradient() -> None:
+    layer = small_layer()
+    hook = RecordingHook(layer, reuse_fp16_chunk=False)
+    gemini_layers.hook_layers([layer])
+    torch.testing.assert_close(gradients(layer, hook), gradients(small_layer()))
+    assert not any(chunk.ready for chunk in hook.chunks)
 
 
 def test_a_layer_that_fails_keeps_its_parameters() -> None:
