@@ -317,7 +317,7 @@ def measure(lines: Sequence[str], options: argparse.Namespace) -> Iterator[dict[
             print(table([row(result)]).splitlines()[2], flush=True)
             if result["status"].startswith(("exit", "timeout")):
                 print(_log_of(result["line"], Path(folder))[-600:], flush=True)
-            yield result
+            yield result | {"date": time.strftime("%Y-%m-%d")}
 
 
 def _slug(line: str) -> str:
@@ -374,7 +374,18 @@ def write(results: list[dict[str, Any]], folder: Path | None) -> None:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan_accuracy.json").write_text(json.dumps(results, indent=1) + "\n")
-        (folder / "plan_accuracy.md").write_text(table([row(result) for result in results]) + "\n")
+        page = f"{heading(results)}\n\n{table([row(result) for result in results])}\n"
+        (folder / "plan_accuracy.md").write_text(page)
+
+
+def heading(results: Sequence[dict[str, Any]]) -> str:
+    """Return when and on what the cells were measured, and by which command."""
+    measured = [result for result in results if result["status"] == "ok"]
+    dates = sorted({result.get("date", "") for result in measured})
+    devices = sorted({result["device"]["name"] for result in measured})
+    versions = {f"{name} {version}" for result in measured for name, version in result["versions"].items() if version}
+    parts = [", ".join(each) for each in (dates, devices, sorted(versions)) if each]
+    return f"# The plan beside what was measured\n\n    python -m benchmarks.plan_accuracy\n\n{'; '.join(parts)}."
 
 
 if __name__ == "__main__":

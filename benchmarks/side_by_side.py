@@ -190,6 +190,7 @@ CASES = {
         "plain_compile",
         tuple(Entry(Setting(*size), SPEED_CONTESTANTS) for size in (("125m", 32), ("1.3b", 8), ("6.7b", 4))),
         num_workers=2,
+        device_init=True,
         needs_gb={"6.7b": 130},  # 16 bytes a parameter, and activations
     ),
     "offload": Case(
