@@ -94,6 +94,8 @@ class Engine:
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
         if self.args.plugin == "gemini":
             _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
+        if self.steps_in_backward and self.optimizer is not None:
+            self.optimizer.defer_updates(model, decoder_layers(model))
 
     @property
     def steps_in_backward(self) -> bool:
@@ -202,6 +204,11 @@ class Engine:
     def learning_rate(self) -> float:
         return self.scheduler.get_last_lr()[0]
 
+    def settle(self) -> None:
+        """Wait for updates that go on after `step`; a forward pass waits by itself."""
+        if self.steps_in_backward and self.optimizer is not None:
+            self.optimizer.settle()
+
     # What a checkpoint holds of the engine.
 
     @property
@@ -213,18 +220,21 @@ class Engine:
         """Yield (name, kind, full fp32 tensor or None) of this stage: `colossal_ext.states`. A collective."""
         from colossal_ext.states import full_states
 
+        self.settle()
         return full_states(self.model, self.optimizer, self._layout, kinds=kinds)
 
     def load_states(self, read: Callable[[str, str], Tensor], *, adam_step: int) -> None:
         """Set weights and moments from full tensors: `colossal_ext.states`."""
         from colossal_ext.states import load_states
 
+        self.settle()
         load_states(self.model, self.optimizer, self._layout, read, adam_step=adam_step)
 
     def weights_are_finite(self) -> bool:
         """Return whether no rank's weights hold an infinity or a NaN. A collective."""
         from colossal_ext.states import weights_are_finite
 
+        self.settle()
         bad = torch.tensor(not weights_are_finite(self.model, self.optimizer), device=self.runtime.device).int()
         dist.all_reduce(bad)
         return bad.item() == 0

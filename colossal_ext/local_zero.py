@@ -9,7 +9,7 @@ update can start while the backward pass goes on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 from weakref import proxy
@@ -127,6 +127,7 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             scaling = {name: options[name] for name in SCALING_OPTIONS}
             self.mixed_precision_mixin = LocalFP16Mixin(self._group_of, **scaling)
         self._host: HostUpdates | None = None
+        self._defers = False
         if masters.on_host:
             largest = max(parameter.numel() for parameter in masters.on_host)
             self._host = HostUpdates(get_accelerator().get_current_device(), largest_numel=largest)
@@ -152,6 +153,33 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         for parameter in self._group_of:
             self.grad_handles.append(parameter.register_post_accumulate_grad_hook(update))
 
+    def defer_updates(self, model: nn.Module, layers: Iterable[Any]) -> None:
+        """Let `step` return while the host still updates, and each layer wait for its own parameters before it runs.
+
+        Whoever reads weights or states otherwise has to call `settle` first.
+
+        Args:
+            model: transformers' own; waits for what belongs to none of the layers, at the start of its forward pass.
+            layers: called in the order of the forward pass. To be compiled before, not after.
+        """
+        optimizer, rest = proxy(self), set(self._masters.on_host)
+        for layer in layers:
+            own = [parameter for parameter in layer.parameters() if parameter in rest]
+            rest.difference_update(own)
+            _call_before(layer, lambda own=own: optimizer.wait_for(own))
+        model.register_forward_pre_hook(lambda *_: optimizer.wait_for(rest))
+        self._defers = True
+
+    def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Wait for the updates of parameters whose states are on the host."""
+        if self._host:
+            self._host.wait(self._masters[parameter] for parameter in parameters)
+
+    def settle(self) -> None:
+        """Wait for every update."""
+        if self._host:
+            self._host.finish()
+
     def _reduce_grad(self, partition_grad: bool) -> None:
         """Do nothing: the gradients are where they are needed."""
 
@@ -169,8 +197,13 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         for parameter in waiting:
             self._update(parameter, div_scale)
         self._flush(div_scale)
-        if self._host:
-            self._host.finish()
+        if not self._defers:
+            self.settle()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return upstream's, of a finished step."""
+        self.settle()
+        return super().state_dict(*args, **kwargs)
 
     def _div_scale(self, grads: list[Tensor]) -> float | Tensor:
         """Return what the gradients are to be divided by, loss scale x clipping, and remember their norm."""
@@ -206,6 +239,17 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             self.optim.update(on_host, tensors, self.optim.settings(self.optim.param_groups[number], step, div_scale))
         self._pending.clear()
         self._pending_numel = 0
+
+
+def _call_before(layer: nn.Module, function: Callable[[], None]) -> None:
+    """Call `function` before each call of the layer, compiled or not, outside of its graph."""
+    compute: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        function()
+        return compute(*args, **kwargs)
+
+    layer._compiled_call_impl = call  # what nn.Module.__call__ calls in place of `_call_impl`
 
 
 class LocalFP16Mixin(FP16MixedPrecisionMixin):

@@ -1,11 +1,13 @@
 """LowLevelZero on one rank: its own optimizer, on the host and in the backward pass, trains like the plain loop."""
 
+import threading
+
 import pytest
 import torch
 
 from colossal_ext.adam_kernels import AdamSettings, AdamTensors, HostAdam
-from colossal_ext.host_updates import HostUpdate, HostUpdates
-from colossal_ext.local_zero import offloaded
+from colossal_ext.host_updates import HostUpdate, HostUpdates, Slot, _Piece
+from colossal_ext.local_zero import _call_before, offloaded
 from colossal_ext.pinned import pinned_empty
 
 PLAIN = "--plugin torch_ddp"
@@ -114,6 +116,59 @@ def assert_updated_as_by_the_kernel(device, make_master):
     updates.close()
     torch.testing.assert_close(states, expected)
     assert torch.equal(working.cpu(), states[0].bfloat16())
+
+
+class Arrival:
+    """An event that has happened or not."""
+
+    def __init__(self, has_happened):
+        self.query = lambda: has_happened
+
+    def synchronize(self):
+        pass
+
+
+def test_of_the_gradients_that_are_there_the_newest_goes_first():
+    updates = HostUpdates(torch.device("cpu"), largest_numel=4)
+    updates.close()
+    pieces = [_Piece(Slot(None, Arrival(there)), None, None) for there in (False, True, True, False)]
+    updates._pieces = list(pieces)
+    assert [updates._next() for _ in range(4)] == [pieces[2], pieces[1], pieces[0], pieces[3]]
+
+
+def test_a_layer_waits_for_its_own_parameters_and_no_others(monkeypatch):
+    goes_on = threading.Event()
+    update = HostUpdates._update
+
+    def slow_update(self, adam, slot, of, part):
+        if of.master is masters[0]:
+            goes_on.wait(10)
+        update(self, adam, slot, of, part)
+
+    monkeypatch.setattr(HostUpdates, "_update", slow_update)
+    updates = HostUpdates(torch.device("cpu"), largest_numel=4)
+    settings = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
+    masters = [torch.zeros(4) for _ in range(2)]
+    for master in reversed(masters):
+        rest = [torch.zeros(4) for _ in range(3)]
+        updates.submit(torch.ones(4), HostUpdate(rest[0], master, *rest[1:], settings))
+    updates.wait([masters[1]])
+    assert masters[1].eq(masters[1][0]).all() and masters[1][0] < 0
+    assert masters[0].eq(0).all()
+    goes_on.set()
+    updates.finish()
+    assert torch.equal(*masters)
+    updates.close()
+
+
+def test_a_compiled_layer_waits_before_it_runs():
+    calls = []
+    layer = torch.nn.Linear(2, 2)
+    layer.compile(backend="eager")
+    _call_before(layer, lambda: calls.append("waited"))
+    layer.register_forward_hook(lambda *_: calls.append("ran"))
+    layer(torch.ones(1, 2))
+    assert calls == ["waited", "ran"]
 
 
 def test_a_failed_update_is_raised_where_it_is_waited_for():
