@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import MethodType
 from typing import Any
 from weakref import proxy
@@ -163,11 +164,15 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             layers: called in the order of the forward pass. To be compiled before, not after.
         """
         optimizer, rest = proxy(self), set(self._masters.on_host)
+
+        def wait_for(parameters: Iterable[nn.Parameter], *_: Any) -> None:
+            optimizer.wait_for(parameters)
+
         for layer in layers:
             own = [parameter for parameter in layer.parameters() if parameter in rest]
             rest.difference_update(own)
-            _call_before(layer, lambda own=own: optimizer.wait_for(own))
-        model.register_forward_pre_hook(lambda *_: optimizer.wait_for(rest))
+            _call_before(layer, partial(wait_for, own))
+        model.register_forward_pre_hook(partial(wait_for, rest))
         self._defers = True
 
     def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
