@@ -13,14 +13,14 @@ from report import MatrixShape, token_flops
 # Between what 1.3b (138 ms) and 2.7b under a cap (788 ms) reach on one H100 (2026-11-25): 50 % of its
 # dense 989 TFLOP/s.
 GPU_FLOPS = 500e12
-# Tokens/s of 125m, batch 32 x 1024, over low_level_zero's in the same call: 513,813 on an H200 (README, results),
-# hybrid_parallel's on an H100 with 476,044.
+# Tokens/s of 125m, batch 32 x 1024, over low_level_zero's on one H200 (2026-11-27), most of them from one sweep (README,
+# results); torch_ddp and torch_ddp_fp16: means of three and two calls, gemini: by both their ratios to plain_compile.
 PLUGIN_SPEED = {
     "low_level_zero": 1.0,
-    "torch_ddp": 0.972,
-    "hybrid_parallel": 0.961,
-    "torch_ddp_fp16": 0.848,
-    "gemini": 0.807,
+    "torch_ddp": 0.964,
+    "gemini": 0.961,
+    "hybrid_parallel": 0.959,
+    "torch_ddp_fp16": 0.861,
 }
 # low_level_zero by ColossalAI's own step (several ranks), in fp16 or fp32, or on a CPU; gemini there gathers parameters
 # besides, twice a step. Estimate.

@@ -220,7 +220,7 @@ Tolerances: in fp32 loss, norm and evaluation 1e-5, weights 1e-4, perplexity 1e-
 and perplexity 2e-2, norm 5e-2, weights not judged. A row beyond one `differs`, followed by each number that is beyond
 its tolerance, Gemini's chunks where they were not shared out, and the steps that fp16 skipped; a case that failed is an
 `error` with its last line, the rest stands at the end of this page. A weight beyond 1e-6 in fp32 is a row of `fc1`: one
-token's activation lies so near zero that rounding decides on which side of the ReLU it falls."""
+token's activation lies so near zero that rounding decides on which side of the ReLU it falls, which then moves others."""
 
 MEASURED = (
     "cases", "loss fp32", "loss 16-bit", "norm fp32", "norm 16-bit", "evaluation fp32", "evaluation 16-bit",

@@ -47,6 +47,7 @@ from conftest import ROOT
 QUICK = {case.name: case for case in quick_cases()}
 SOUND = [name for name, case in QUICK.items() if not case.fault]
 FAULTY = [name for name, case in QUICK.items() if case.fault]
+KINKED = "tp-2-2-ranks-fp32-pre-norm-packed-x1-recompute-dropout-0.1"
 
 
 def run_matrix(folder, *flags, timeout_s, **environment):
@@ -383,3 +384,46 @@ def test_plain_evaluation_is_the_mean_over_all_targets(model):
     expected = reference.summed_loss(model, ROWS).item() / 8
     assert reference.evaluate(model, ROWS) == pytest.approx(expected, rel=1e-6)
     assert model.training
+
+
+def test_one_token_across_relus_kink_moves_the_plain_loops_weights_where_rounding_does_not(tmp_path, monkeypatch):
+    """What the report says of weights that differ where losses agree."""
+    (case,) = [case for case in all_cases() if case.name == KINKED]
+    equivalence.write_weights(tmp_path / "weights")
+    equivalence.write_texts(ROOT / "LICENSE", tmp_path)
+    before_relu = []
+
+    def note(module, _, output):
+        if isinstance(module, torch.nn.Linear) and module.out_features == 4 * module.in_features and module.training:
+            before_relu.append(output.detach().flatten(0, -2))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    plain = equivalence.train_reference(case.reference, tmp_path)
+    handle.remove()
+    folder = tmp_path / "references" / case.reference.name
+    folder.rename(tmp_path / "plain")
+    # Of the first three steps, four layers each: nearest to zero, yet far enough for a bias of 0.05 to be shifted by it.
+    near = [values.abs().masked_fill(values.abs() < 3e-8, math.inf) for values in before_relu[: 3 * 4]]
+    call = min(range(len(near)), key=lambda number: near[number].min().item())
+    token, unit = divmod(near[call].argmin().item(), near[call].shape[1])
+    value = before_relu[call][token, unit].item()
+
+    def differences(shift):
+        load = OPTForCausalLM.from_pretrained
+
+        def shifted(*args, **kwargs):
+            model = load(*args, **kwargs)
+            model.model.decoder.layers[call % 4].fc1.bias.data[unit] += shift
+            return model
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reference.OPTForCausalLM, "from_pretrained", shifted)
+            found = equivalence.train_reference(case.reference, tmp_path)
+        weights = equivalence.compare_weights(folder, tmp_path / "plain")
+        return compare_training(case, equivalence.numbers(found), equivalence.numbers(plain), weights)
+
+    away, across = differences(0.5 * value), differences(-1.5 * value)
+    assert away.weights < 1e-6
+    assert across.weights > 1e-4
+    assert ".fc1." in across.tensor
+    assert max(away.loss, across.loss) < 1e-5
