@@ -1,13 +1,14 @@
 """LowLevelZero on one rank: its own optimizer, on the host and in the backward pass, trains like the plain loop."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from colossal_ext.adam_kernels import AdamSettings, AdamTensors, HostAdam
 from colossal_ext.host_updates import HostUpdate, HostUpdates, Slot, _Piece
-from colossal_ext.local_zero import _call_before, offloaded
+from colossal_ext.local_zero import LocalZeroOptimizer, _call_before, offloaded
 from colossal_ext.pinned import pinned_empty
 
 PLAIN = "--plugin torch_ddp"
@@ -157,6 +158,28 @@ def test_a_layer_waits_for_its_own_parameters_and_no_others(monkeypatch):
     updates.wait([slow])
     assert torch.equal(fast, slow)
     updates.close()
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Linear(2, 2)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+
+    def forward(self, values):
+        return self.layers[1](self.layers[0](self.embedding(values)))
+
+
+def test_each_layer_waits_for_what_the_host_updates_of_it_and_the_model_for_the_rest(monkeypatch):
+    model, waited = TwoLayers(), []
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(LocalZeroOptimizer, "wait_for", lambda self, own: waited.append([names[each] for each in own]))
+    optimizer = object.__new__(LocalZeroOptimizer)
+    on_host = {model.embedding.weight, model.layers[1].weight}  # vectors stay on the device, and so do first layers
+    optimizer._masters = SimpleNamespace(on_host=on_host)
+    optimizer.defer_updates(model, model.layers)
+    model(torch.ones(1, 2))
+    assert waited == [["embedding.weight"], [], ["layers.1.weight"]]
 
 
 def test_a_compiled_layer_waits_before_it_runs():

@@ -12,17 +12,16 @@ import importlib
 import io
 import json
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import runtime
 import train_clm
 from args import ConfigError, parse_args
+from benchmarks.forks import fork_ranks
 
 # Through them torch and ColossalAI; and what transformers only imports when it is asked for a model.
 LIBRARIES = (
@@ -47,10 +46,8 @@ def run(argv: list[str], process: runtime.Runtime) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def run_rank(rank: int, world: int, port: int, commands: str, answer: Path) -> None:
+def run_rank(commands: str, answer: Path) -> None:
     """Run every command line of `commands` as torchrun's rank would, and let rank 0 write the answer."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     process = runtime.current_runtime()
     done = [run(argv, process) for argv in json.loads(Path(commands).read_text())]
     if process.is_main:
@@ -67,12 +64,6 @@ def write(answer: Path, content: object) -> None:
     half.rename(answer)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def main() -> None:
     """Import everything once, then carry out the orders."""
     runtime.quiet_third_parties(runtime.current_runtime())
@@ -82,7 +73,7 @@ def main() -> None:
     for line in sys.stdin:
         world, commands, answer = json.loads(line)
         try:
-            mp.start_processes(run_rank, (world, free_port(), commands, Path(answer)), world, start_method="fork")
+            fork_ranks(run_rank, world, commands, Path(answer))
         except Exception:
             write(Path(answer), traceback.format_exc())
 
