@@ -2,6 +2,7 @@
 
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_each_layer_waits_for_what_the_host_updates_of_it_and_the_model_for_the_
     model, waited = TwoLayers(), []
     names = {parameter: name for name, parameter in model.named_parameters()}
     monkeypatch.setattr(LocalZeroOptimizer, "wait_for", lambda self, own: waited.append([names[each] for each in own]))
-    optimizer = object.__new__(LocalZeroOptimizer)
+    optimizer: Any = object.__new__(LocalZeroOptimizer)
+    optimizer.grad_handles = []
     on_host = {model.embedding.weight, model.layers[1].weight}  # vectors stay on the device, and so do first layers
     optimizer._masters = SimpleNamespace(on_host=on_host)
     optimizer.defer_updates(model, model.layers)
