@@ -78,9 +78,9 @@ class TrainArgs:
     num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: as many as divide it, up to 4 a stage", type=int)
     pp_schedule: str = flag("parallelism", "1f1b", "hybrid_parallel: pipeline schedule", choices=("1f1b", "interleaved"))
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
-    offload_optim_frac: float = flag("parallelism", 0.0, "gemini, and low_level_zero on one GPU: share of optimizer states kept on the host, 0 to 1; low_level_zero on several: 0 or 1", type=float)
+    offload_optim_frac: float = flag("parallelism", 0.0, "low_level_zero and gemini: share of optimizer states kept on the host, 0 to 1", type=float)
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
-    step_in_backward: str = flag("parallelism", "auto", "low_level_zero on one GPU: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
+    step_in_backward: str = flag("parallelism", "auto", "low_level_zero: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
     hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life until a rank is reported as hung, with stacks, and the run ends; the same for a step after the first that does not get on, but at least three times its longest phase so far; 0: off", type=float)
     allow_cpu_fp16: bool = flag("parallelism", False, "rehearse fp16 on a CPU (slow; for tests)")
@@ -291,14 +291,9 @@ def _layout_problems(args: TrainArgs, world_size: int, num_gpus: int, gpus_per_n
 
 
 def _sharded_zero_problems(args: TrainArgs) -> list[str]:
-    found = []
-    if args.offload_optim_frac not in (0, 1):
-        found.append(
-            f"--offload_optim_frac {args.offload_optim_frac}: low_level_zero on several GPUs takes 0 or 1; gemini any"
-        )
-    if args.step_in_backward == "on":
-        found.append("--step_in_backward on: low_level_zero has it on one GPU only")
-    return found
+    if args.step_in_backward == "on" and args.zero_stage == 2 and args.gradient_accumulation_steps > 1:
+        return ["--step_in_backward on: not with --zero_stage 2 and accumulation, which divide the gradients before"]
+    return []
 
 
 def _pipeline_problems(args: TrainArgs) -> list[str]:

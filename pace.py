@@ -22,13 +22,11 @@ class Stopwatch:
 
     The ranks have met just before both, so that neither holds another rank's delay. On a GPU the forward pass is timed
     by two events, of which nobody waits.
-
-    Args:
-        forward_is_local: whether the forward pass has no collective of its own.
     """
 
-    def __init__(self, *, on_cpu: bool, forward_is_local: bool) -> None:
-        self._on_cpu, self._forward_is_local = on_cpu, forward_is_local
+    def __init__(self, *, on_cpu: bool) -> None:
+        self._on_cpu = on_cpu
+        self._is_local = False
         self._loading_s = self._forward_s = 0.0
         self._loading_since = self._forward_since = time.perf_counter()
         self._events: list[torch.cuda.Event] = []
@@ -41,24 +39,28 @@ class Stopwatch:
         """Reach the first collective."""
         self._loading_s = time.perf_counter() - self._loading_since
 
-    def start_forward(self) -> None:
-        """Come out of it."""
+    def start_forward(self, *, is_local: bool) -> None:
+        """Come out of it.
+
+        Args:
+            is_local: whether this forward pass has no collective of its own; else that of an earlier step counts.
+        """
+        self._is_local = is_local
         self._forward_since = time.perf_counter()
-        self._events = [] if self._on_cpu else [_recorded_event()]
+        self._events = [_recorded_event()] if is_local and not self._on_cpu else []
 
     def end_forward(self) -> None:
         """Reach the loss, and what is exchanged after it."""
-        self._forward_s = time.perf_counter() - self._forward_since
+        if self._is_local:
+            self._forward_s = time.perf_counter() - self._forward_since
         if self._events:
             self._events.append(_recorded_event())
 
     def seconds(self) -> float:
         """Return the step's own work. The device must have got past the loss, or the call waits for it."""
-        if not self._forward_is_local:
-            return self._loading_s
         if self._events:
             self._events[1].synchronize()
-            return self._loading_s + self._events[0].elapsed_time(self._events[1]) / 1e3
+            self._forward_s = self._events[0].elapsed_time(self._events[1]) / 1e3
         return self._loading_s + self._forward_s
 
 

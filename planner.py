@@ -46,8 +46,10 @@ BUCKET_ELEMENTS = 2 * 12 * 2**20
 # Gemini's chunks: an eighth of the layers, at most this many elements (colossal_ext/gemini_chunks.py).
 LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 
-# colossal_ext/local_zero.py: gradients collected before a launch; colossal_ext/host_updates.py: staging buffers.
+# colossal_ext/local_zero.py: gradients collected before a launch, on several ranks before an exchange, of which so many
+# are under way or about to be (sharded_zero.py); colossal_ext/host_updates.py: staging buffers.
 FLUSH_ELEMENTS = 2**25
+EXCHANGES = 3
 SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
 
@@ -307,8 +309,8 @@ def _states(request: PlanRequest) -> States:
         return _gemini_states(request)
     if request.plugin == "hybrid_parallel" and request.zero_stage == 0:
         return _hybrid_states(request)
-    if request.plugin == "low_level_zero" and request.world_size == 1:
-        return _local_zero_states(request)
+    if request.plugin == "low_level_zero":
+        return _low_level_zero_states(request)
     return _zero_states(request)
 
 
@@ -325,7 +327,7 @@ def _ddp_states(request: PlanRequest) -> States:
 
 
 def _zero_states(request: PlanRequest) -> States:
-    """LowLevelZero: whole parameters, fp32 master weights and moments divided among the data-parallel ranks.
+    """HybridParallel with ZeRO: whole parameters, fp32 master weights and moments divided among data-parallel ranks.
 
     Gradients stay whole in stage 1 and are divided in stage 2. The step copies this rank's share to fp32 while the
     originals are still held, and takes the norm of the largest in double precision.
@@ -333,44 +335,48 @@ def _zero_states(request: PlanRequest) -> States:
     p, dp, item = stage_params(request), request.dp_size, request.item_bytes
     gradients = item * p // (dp if request.zero_stage == 2 else 1)
     largest = request.shape.vocab_size * request.shape.embed_dim // request.tp
-    copies = 4 * p // dp if item == 2 else 0
-    on_device = 0 if request.offload_optim_frac == 1 else 1
     return States(
         parameters=item * p,
         kept_gradients=gradients if request.accumulates or request.pp > 1 else 0,
         gradients=gradients,
-        step_gradients=gradients + on_device * copies + 8 * largest // dp,
-        master_weights=on_device * 4 * p // dp,
-        moments=on_device * 8 * p // dp,
+        step_gradients=gradients + (4 * p // dp if item == 2 else 0) + 8 * largest // dp,
+        master_weights=4 * p // dp,
+        moments=8 * p // dp,
         communication=BUCKET_ELEMENTS * item,
-        offloaded=(1 - on_device) * (12 * p // dp + copies),
     )
 
 
-def _local_zero_states(request: PlanRequest) -> States:
-    """LowLevelZero on one GPU (colossal_ext/local_zero.py): states on device and host, gradients in place.
+def _low_level_zero_states(request: PlanRequest) -> States:
+    """LowLevelZero (colossal_ext/local_zero.py): states on device and host, on several ranks a share of them.
 
-    Updated in the backward pass, gradients are gone at its end but for those collected for the next launch, and the
-    embedding's, which come last.
+    One rank keeps gradients in place. Updated in the backward pass, they are gone at its end but for those collected
+    for the next launch, and the embedding's, which come last. On several ranks (colossal_ext/sharded_zero.py) they are
+    divided in the backward pass, bucket by bucket; the last one is the embedding.
     """
-    shape, item = request.shape, request.item_bytes
+    shape, item, dp = request.shape, request.item_bytes, request.dp_size
     p, on_device = shape.num_params, 1 - _local_offload(request)
-    largest = item * shape.vocab_size * shape.embed_dim
-    gradients = min(item * p, item * FLUSH_ELEMENTS + largest) if request.step_in_backward else item * p
-    has_masters = item == 2 or request.offload_optim_frac > 0
+    embedding = shape.vocab_size * shape.embed_dim
+    shares = 0 if request.step_in_backward else item * p // dp
+    if dp > 1:
+        bucket = min(FLUSH_ELEMENTS, p // 8)
+        gradients = shares + item * (EXCHANGES * (bucket + bucket // dp) + 2 * embedding)
+    else:
+        gradients = min(item * p, item * (FLUSH_ELEMENTS + embedding)) if request.step_in_backward else item * p
+    kept = (item * p // (dp if request.zero_stage == 2 else 1)) if request.accumulates else 0
+    has_masters = item == 2 or dp > 1 or request.offload_optim_frac > 0
     has_embedding = request.offload_optim_frac * p > shape.layer_params * shape.num_layers
-    largest_on_host = shape.vocab_size * shape.embed_dim if has_embedding else shape.hidden_size * shape.ffn_width
-    slot_elements = min(SLOT_ELEMENTS, 1 << (largest_on_host - 1).bit_length())
+    largest_on_host = embedding if has_embedding else shape.hidden_size * shape.ffn_width
+    slot_elements = min(SLOT_ELEMENTS, 1 << (-(-largest_on_host // dp) - 1).bit_length())
     slots = 0 if request.on_cpu else NUM_SLOTS * 4 * slot_elements
     return States(
         parameters=item * p,
-        kept_gradients=item * p if request.accumulates else 0,
-        gradients=max(gradients, item * p if request.accumulates else 0),
-        step_gradients=0 if request.step_in_backward else item * p,
-        master_weights=int(4 * p * on_device) if has_masters else 0,
-        moments=int(8 * p * on_device),
+        kept_gradients=kept,
+        gradients=max(gradients, kept),
+        step_gradients=shares,
+        master_weights=int(4 * p * on_device) // dp if has_masters else 0,
+        moments=int(8 * p * on_device) // dp,
         communication=0,
-        offloaded=int(12 * p * (1 - on_device)) + (slots if request.offload_optim_frac else 0),
+        offloaded=int(12 * p * (1 - on_device)) // dp + (slots if request.offload_optim_frac else 0),
     )
 
 
@@ -701,7 +707,8 @@ def work(request: PlanRequest) -> Work:
     return Work(
         shape=request.shape,
         plugin=request.plugin,
-        at_best=request.world_size == 1 and request.precision == "bf16" and not request.on_cpu,
+        at_best=request.precision == "bf16" and not request.on_cpu,
+        exchanges=request.world_size > 1,
         tokens=request.batch_size * request.block_size * request.accumulation_steps,
         seq_len=request.block_size,
         micro_batches=request.accumulation_steps,
@@ -792,10 +799,9 @@ def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool)
     alone, in_bf16 = world_size == 1, args.precision in ("auto", "bf16") and not lacks_bf16
     yield from (zero, ddp) if alone and in_bf16 and not on_cpu else (ddp, zero)
     can_step = can_step and not lacks_bf16
-    if alone:
-        yield from (replace(zero, step_in_backward=True),) if can_step else ()
-        for fraction in OFFLOAD_STEPS:
-            yield _Setting("low_level_zero", fraction, 0.0, can_step)
+    yield from (replace(zero, step_in_backward=True),) if can_step else ()
+    for fraction in OFFLOAD_STEPS:
+        yield _Setting("low_level_zero", fraction, 0.0, can_step)
     if args.precision == "fp32":
         return
     if not alone:
@@ -806,7 +812,9 @@ def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool)
 
 
 def _can_step_in_backward(args: TrainArgs, world_size: int) -> bool:
-    return world_size == 1 and not args.max_grad_norm and args.precision != "fp16" and args.step_in_backward != "off"
+    if world_size > 1 and args.zero_stage == 2 and args.gradient_accumulation_steps > 1:
+        return False  # the gradients are divided before the last micro-batch
+    return not args.max_grad_norm and args.precision != "fp16" and args.step_in_backward != "off"
 
 
 def _precision(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> str:
@@ -1105,8 +1113,10 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
         }
     if plugin.startswith("torch_ddp"):
         yield {"plugin": "low_level_zero", **_half(args)}
-    if plugin in ("low_level_zero", "hybrid_parallel") and replicas > 1:
-        yield {"zero_stage": 1 if plugin == "hybrid_parallel" else 2, **_half(args)}
+    if plugin == "hybrid_parallel" and replicas > 1:
+        yield {"zero_stage": 1, **_half(args)}
+    if plugin == "low_level_zero" and replicas > 1 and args.gradient_accumulation_steps > 1:
+        yield {"zero_stage": 2}
     alone = plugin.startswith("torch_ddp") and world_size == 1
     zero = {"plugin": "low_level_zero", **_half(args)} if alone else {}
     if zero or plugin == "low_level_zero":

@@ -19,9 +19,22 @@ ORIGIN = "predicted from the rates of one H100 (scaling.py), across machines 400
 # Rates of one H100 SXM unless they say otherwise.
 MATRIX_FLOPS = 787e12  # measured: bf16, 8192^3
 PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
-# Share of MATRIX_FLOPS that forward and backward reach. Compiled: 1.3b, batch 8 x 1024, low_level_zero on one H200, whose
-# step takes 142 ms of which the update is 9. As it stands: ASSUMPTION.
-COMPILED_SHARE, EAGER_SHARE = 0.64, 0.5
+# Share of MATRIX_FLOPS that forward and backward reach: compiled, on one H200, between 1.3b (batch 8 x 1024) and 6.7b
+# (batch 4, recomputed), which lie 4 to 9 % to either side (2026-11-27); as they stand: ASSUMPTION.
+COMPILED_SHARE = {
+    "low_level_zero": 0.72,
+    "torch_ddp": 0.68,
+    "torch_ddp_fp16": 0.6,
+    "gemini": 0.65,
+    "hybrid_parallel": 0.6,
+}
+EAGER_SHARE = 0.5
+# Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: DDP of 1.3b on 2 and 4 H200, and
+# LowLevelZero of 6.7b on 4 (2026-11-27).
+BESIDE_NCCL = 1.13
+# The host launches forward and backward of a layer that is not compiled, for each micro-batch of a pipeline: 1.3b under
+# tp 2 x pp 2 on four H200 (2026-11-27).
+EAGER_LAYER_S = 3.8e-3
 HBM_BYTES_S = 0.9 * 3.35e12  # data sheet; 0.9 of it: ASSUMPTION
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
@@ -31,7 +44,9 @@ PINNED_BYTES_S = 54e9  # measured: host to device, and back
 HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
 # An update reads and writes fp32 weight and two moments, reads a 16-bit gradient, writes a 16-bit weight.
 UPDATE_BYTES = 3 * 8 + 2 + 2
-DDP_BUCKET_BYTES = 25 * 2**20  # torch's default; the last one meets no more backward pass to hide behind
+# The last bucket meets no more backward pass to hide behind: torch's default, and colossal_ext/sharded_zero.py's.
+DDP_BUCKET_BYTES = 25 * 2**20
+ZERO_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,8 @@ def predict(request: PlanRequest, machines: Machines) -> Prediction:
 def _step(request: PlanRequest, machines: Machines) -> Step:
     along = groups(request, machines)
     compute_s = _compute_s(request)
-    gradients_s, weights_s = _exchange_s(request, along["dp"], backward_s=_backward_share(request) * compute_s)
+    backward_s = _backward_share(request) * compute_s
+    gradients_s, weights_s = _exchange_s(request, along["dp"], compute_s - backward_s, backward_s)
     layers_s = _layers_s(request, along["tp"])
     stages_s = _stages_s(request, along["pp"])
     # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works.
@@ -173,8 +189,11 @@ def _step(request: PlanRequest, machines: Machines) -> Step:
 def _compute_s(request: PlanRequest) -> float:
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size
-    reached = MATRIX_FLOPS * (COMPILED_SHARE if request.compiled else EAGER_SHARE)
-    return tokens * flops.hardware / (request.tp * request.pp) / reached
+    reached = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
+    compute_s = tokens * flops.hardware / (request.tp * request.pp) / reached
+    if request.compiled:
+        return compute_s * (BESIDE_NCCL if request.dp_size > 1 else 1.0)
+    return max(compute_s, EAGER_LAYER_S * request.num_microbatches * request.shape.num_layers / request.pp)
 
 
 def _backward_share(request: PlanRequest) -> float:
@@ -189,24 +208,27 @@ def _state_shards(request: PlanRequest) -> int:
     return request.dp_size if shards_states else 1
 
 
-def _exchange_s(request: PlanRequest, group: Group, *, backward_s: float) -> tuple[float, float]:
+def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s: float) -> tuple[float, float]:
     """Return the seconds in which the GPU waits for gradients, and for parameters.
 
-    torch_ddp all-reduces fp32 gradients, the others 16-bit ones; ZeRO 2 and Gemini scatter them. ZeRO gathers the new
-    16-bit parameters after the update; Gemini gathers every chunk for the forward pass, and again for the backward
-    pass, and by default fetches none ahead. A pipeline exchanges gradients when its last micro-batch is done.
+    torch_ddp all-reduces fp32 gradients, the others 16-bit ones; LowLevelZero and Gemini scatter them. ZeRO gathers the
+    new 16-bit parameters: LowLevelZero in the next forward pass, which hides it, hybrid_parallel after the update.
+    Gemini gathers every chunk for the forward pass, and again for the backward pass, and by default fetches none ahead.
+    A pipeline exchanges gradients when its last micro-batch is done.
     """
     if group.size == 1:
         return 0.0, 0.0
     num_params, item = stage_params(request), request.item_bytes
     gradient_bytes = num_params * (4 if request.plugin.startswith("torch_ddp") else item)
-    scatters = request.plugin == "gemini" or request.zero_stage == 2
-    calls = math.ceil(gradient_bytes / DDP_BUCKET_BYTES)
+    is_zero = request.plugin == "low_level_zero"
+    scatters = is_zero or request.plugin == "gemini" or request.zero_stage == 2
+    calls = math.ceil(gradient_bytes / (ZERO_BUCKET_BYTES if is_zero else DDP_BUCKET_BYTES))
     exchange = group.gather_s if scatters else group.all_reduce_s
     whole_s = exchange(gradient_bytes, calls=calls)
     hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s * (1 - 1 / calls))
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
-    return whole_s - hidden_s, gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
+    weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
+    return whole_s - hidden_s, weights_s - (min(forward_s, weights_s * (1 - 1 / calls)) if is_zero else 0.0)
 
 
 def _layers_s(request: PlanRequest, group: Group) -> float:

@@ -94,8 +94,14 @@ class Engine:
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
         if self.args.plugin == "gemini":
             _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
-        if self.steps_in_backward and self.optimizer is not None:
+        if self.defers_updates:
             self.optimizer.defer_updates(model, decoder_layers(model))
+
+    @property
+    def defers_updates(self) -> bool:
+        """Whether `step` returns before every parameter has its new value on every rank."""
+        on_several = self.args.plugin == "low_level_zero" and self.runtime.world_size > 1
+        return self.optimizer is not None and (self.steps_in_backward or on_several)
 
     @property
     def steps_in_backward(self) -> bool:
@@ -123,9 +129,16 @@ class Engine:
         is_last_stage = self.plugin.stage_manager is None or self.plugin.stage_manager.is_last_stage(ignore_chunk=True)
         return is_last_stage and dist.get_rank(self.plugin.tp_group) == 0
 
-    @property
-    def forward_is_local(self) -> bool:
-        """Whether a rank computes its loss without the others: no gathered parameters, no divided layers or depth."""
+    def make_forward_local(self, *, sometimes: bool) -> bool:
+        """Return whether a rank computes its next loss without the others, as far as that can be had.
+
+        Not with gathered parameters or divided layers or depth. LowLevelZero's come to several ranks during the forward
+        pass, before it if `sometimes`. A collective.
+        """
+        if self.args.plugin == "low_level_zero" and self.runtime.world_size > 1:
+            if sometimes:
+                self.settle()
+            return sometimes
         return self.args.plugin != "gemini" and self.args.replica_size == 1
 
     def seed_dropout(self, seed: int) -> None:
@@ -206,7 +219,7 @@ class Engine:
 
     def settle(self) -> None:
         """Wait for updates that go on after `step`; a forward pass waits by itself."""
-        if self.steps_in_backward and self.optimizer is not None:
+        if self.defers_updates:
             self.optimizer.settle()
 
     # What a checkpoint holds of the engine.
@@ -407,23 +420,17 @@ def _torch_ddp(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
 
 
 def _low_level_zero(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
-    from colossalai.booster.plugin import LowLevelZeroPlugin
-
     from colossal_ext.local_zero import LocalZeroPlugin
+    from colossal_ext.sharded_zero import ShardedZeroPlugin
 
-    options = {
-        "stage": args.zero_stage,
-        "precision": args.precision,
-        "max_norm": args.max_grad_norm,
-        "initial_scale": INITIAL_LOSS_SCALE,
-    }
-    if runtime.world_size == 1:
-        in_backward = args.step_in_backward == "on"
-        return LocalZeroPlugin(offload_frac=args.offload_optim_frac, updates_in_backward=in_backward, **options)
-    return LowLevelZeroPlugin(
-        overlap_communication=not runtime.on_cpu,  # its streams have no CPU form
-        cpu_offload=args.offload_optim_frac == 1,
-        **options,
+    plugin = LocalZeroPlugin if runtime.world_size == 1 else ShardedZeroPlugin
+    return plugin(
+        offload_frac=args.offload_optim_frac,
+        updates_in_backward=args.step_in_backward == "on",
+        stage=args.zero_stage,
+        precision=args.precision,
+        max_norm=args.max_grad_norm,
+        initial_scale=INITIAL_LOSS_SCALE,
     )
 
 

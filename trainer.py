@@ -113,7 +113,7 @@ class Trainer:
         self.engine, self.stop, self.hooks, self.progress = engine, stop, hooks, progress
         self.pulse = pulse or Pulse()
         self.interrupted = False
-        self._stopwatch = Stopwatch(on_cpu=engine.runtime.on_cpu, forward_is_local=engine.forward_is_local)
+        self._stopwatch = Stopwatch(on_cpu=engine.runtime.on_cpu)
         self._slow_ranks = SlowRanks(log.warning, engine.args.logging_steps)
         self._own_s = 0.0
         self._clock = time.perf_counter()
@@ -180,7 +180,8 @@ class Trainer:
         self.pulse.mark("forward", step)
         self._stopwatch.end_loading()
         counts = self._global_counts(micro_batches)
-        self._stopwatch.start_forward()
+        is_local = engine.make_forward_local(sometimes=step % engine.args.logging_steps == 0)
+        self._stopwatch.start_forward(is_local=is_local)
         scale = (engine.dp_size / counts[0].clamp(min=1)).float()
         totals = _StepTotals(step, counts)
 
@@ -281,6 +282,7 @@ class _StepTotals:
 
 def evaluate(engine: Engine, batches: Iterable[Batch]) -> Evaluation:
     """Return the mean loss over every real target of the split, whatever the batch size and number of ranks."""
+    engine.settle()  # ranks may have differently many batches
     totals = torch.zeros(2, dtype=torch.float64, device=engine.runtime.device)
     for batch in batches:
         totals[0] += engine.evaluate(batch).double()

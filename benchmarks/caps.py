@@ -78,10 +78,11 @@ class Machine:
     host_gib: float
 
     @classmethod
-    def here(cls) -> Machine:
-        """Return the first GPU, if there is one, and the host."""
+    def here(cls, host_gib: float | None) -> Machine:
+        """Return the first GPU, if there is one, and the host, with no more memory than is said."""
         sizes = [gpu.memory_gib for gpu in hardware.visible_gpus()]
-        return cls(sizes[0] if sizes else None, hardware.host_memory_gib())
+        there_gib = hardware.host_memory_gib()
+        return cls(sizes[0] if sizes else None, min(there_gib, host_gib or there_gib))
 
     def choose(self, args: TrainArgs) -> planner.Choice:
         """Return the planner's choice for one rank."""
@@ -248,6 +249,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=1024, help="tokens a row (default: 1024)")
     parser.add_argument("--steps", type=int, default=12, help="steps a run, of which 5 are warm-up (default: 12)")
     parser.add_argument("--limit-seconds", type=float, default=240, help="seconds a run may take (default: 240)")
+    parser.add_argument("--host-gib", type=float, help="choose sizes for a host of this memory; off: this one's")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/caps"), metavar="DIR", help="folder of the results"
     )
@@ -260,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run in progress on the way out
     done = read(options.output / "caps.json")
-    for trial in trials(options, done, Machine.here()):
+    for trial in trials(options, done, Machine.here(options.host_gib)):
         key = (trial.cap_gb, trial.size, trial.outcome.name)
         done = [each for each in done if (each.cap_gb, each.size, each.outcome.name) != key] + [trial]
         write(options.output, done)

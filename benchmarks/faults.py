@@ -597,12 +597,13 @@ def rank_stands_still(bench: Bench, number: int) -> Trial:
 def slow_rank(bench: Bench, number: int) -> Trial:
     """A rank takes long over each forward pass: the run goes on, and says which one."""
     planted = PLANTED.replace("== 2 *", ">= 2 *").format(step=1, harm=SLOW)
-    run = Run(bench.new_folder(), *PLUGINS[0].split(), planted=planted)
+    plugin = PLUGINS[number % 2]
+    run = Run(bench.new_folder(), *plugin.split(), planted=planted)
     ended = run.finish(START_LIMIT_S)
     problems = list(end_problems(ended, [0], "rank 1 of 2 is slow: "))
     if ended.output.count(" is slow: ") != 1:
         problems.append(f"does not say so once:\n{ended.output}")
-    fault, how = "a slow rank", f"{PLUGINS[0]}, rank 1"
+    fault, how = "a slow rank", f"{plugin}, rank 1"
     return Trial(fault, how, ended.code, ended.seconds, ended.orphans, None, tuple(problems))
 
 

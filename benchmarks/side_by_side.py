@@ -292,12 +292,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run in progress on the way out
     done = read_outcomes(folder / "table.json")
     for entry, contestant, round_ in planned(entries, options.rounds):
-        command = command_of(contestant, entry.setting, case, options, folder / "runs" / contestant.name)
+        stem = f"{entry.setting.model}-{entry.setting.gpus}-{contestant.name}"
+        command = command_of(contestant, entry.setting, case, options, folder / "runs" / stem)
         key = (str(entry.setting), contestant.name, round_)
         if any(_key(each) == key and each.status == "ok" and each.command == command for each in done):
             continue
         print(f"{entry.setting}: {contestant.name}, round {round_}", file=sys.stderr, flush=True)
-        log = folder / "logs" / f"{entry.setting.model}-{entry.setting.gpus}-{contestant.name}-{round_}.txt"
+        log = folder / "logs" / f"{stem}-{round_}.txt"
         outcome = run(command, log, limit_s=options.limit_seconds, gpus=entry.setting.gpus)
         alone = str(replace(entry.setting, gpus=1))
         outcome = replace(outcome, setting=key[0], name=contestant.name, is_ours=contestant.peer is None, round=round_)

@@ -56,6 +56,15 @@ class LocalZeroPlugin(LowLevelZeroPlugin):
             raise ValueError("updates_in_backward: not with fp16 or clipping, which need all gradients first")
         self.offload_frac, self.updates_in_backward = offload_frac, updates_in_backward
 
+    @property
+    def optimizer_class(self) -> type[LocalZeroOptimizer]:
+        return LocalZeroOptimizer
+
+    def _master_weights(
+        self, model: nn.Module, optimizer: CompileFreeAdam, device: torch.device, dtype: torch.dtype
+    ) -> MasterWeights:
+        return MasterWeights(model, self.offload_frac, device, dtype)
+
     def support_no_sync(self) -> bool:
         """Return True in stage 2 as well: there is no gradient elsewhere."""
         return True
@@ -67,9 +76,9 @@ class LocalZeroPlugin(LowLevelZeroPlugin):
         if optimizer is None:
             return super().configure(model, optimizer, *rest, **named)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
-        masters = MasterWeights(model, self.offload_frac, get_accelerator().get_current_device(), dtype)
+        masters = self._master_weights(model, optimizer, get_accelerator().get_current_device(), dtype)
         wrapped = LowLevelZeroModel(model, self.precision)
-        zero = LocalZeroOptimizer(
+        zero = self.optimizer_class(
             optimizer, masters, updates_in_backward=self.updates_in_backward, **self.zero_optim_kwargs
         )
         wrapped.update_master_params = MethodType(zero.update_master_params, wrapped)
@@ -87,9 +96,9 @@ class MasterWeights(dict[nn.Parameter, Tensor]):
     """
 
     def __init__(self, model: nn.Module, offload_frac: float, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.on_host = set(offloaded(parameters, offload_frac))
-        super().__init__()
         # One block for all on the host: the device reads it directly, and no size is rounded up.
         pinned = pinned_empty(sum(parameter.numel() for parameter in self.on_host)) if device.type == "cuda" else None
         begin = 0
@@ -125,17 +134,19 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         super().__init__(optimizer, **{**options, "overlap_communication": False, "partition_grad": False})
         self.mixed_precision_mixin: MixedPrecisionMixin | None
         if isinstance(self.mixed_precision_mixin, FP16MixedPrecisionMixin):
+            own = proxy(self)
             scaling = {name: options[name] for name in SCALING_OPTIONS}
-            self.mixed_precision_mixin = LocalFP16Mixin(self._group_of, **scaling)
+            self.mixed_precision_mixin = LocalFP16Mixin(lambda: own.grads(), **scaling)
         self._host: HostUpdates | None = None
+        self._updates_in_backward = updates_in_backward
+        self._outside_layers: set[nn.Parameter] = set()
         self._defers = False
         if masters.on_host:
-            largest = max(parameter.numel() for parameter in masters.on_host)
+            largest = max(masters[parameter].numel() for parameter in masters.on_host)
             self._host = HostUpdates(get_accelerator().get_current_device(), largest_numel=largest)
         self._pending: dict[tuple[int, int], AdamTensors] = defaultdict(AdamTensors.empty)
         self._pending_numel = 0
-        if updates_in_backward:
-            self._attach_update_hooks()
+        self._attach_hooks()
 
     def _create_master_param_current_rank(self, param_list: list[nn.Parameter]) -> list[Tensor]:
         for parameter in param_list:
@@ -144,7 +155,9 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             self.link_master_and_working_param(self._masters[parameter], parameter)
         return [self._masters[parameter] for parameter in param_list]
 
-    def _attach_update_hooks(self) -> None:
+    def _attach_hooks(self) -> None:
+        if not self._updates_in_backward:
+            return
         optimizer = proxy(self)
 
         def update(parameter: Tensor) -> None:
@@ -155,7 +168,7 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             self.grad_handles.append(parameter.register_post_accumulate_grad_hook(update))
 
     def defer_updates(self, model: nn.Module, layers: Iterable[Any]) -> None:
-        """Let `step` return while the host still updates, and each layer wait for its own parameters before it runs.
+        """Let `step` return before every update is made, and each layer wait for its own parameters before it runs.
 
         Whoever reads weights or states otherwise has to call `settle` first.
 
@@ -163,7 +176,7 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             model: transformers' own; waits for what belongs to none of the layers, at the start of its forward pass.
             layers: called in the order of the forward pass. To be compiled before, not after.
         """
-        optimizer, rest = proxy(self), set(self._masters.on_host)
+        optimizer, rest = proxy(self), set(self._late_parameters())
 
         def wait_for(parameters: Iterable[nn.Parameter], *_: Any) -> None:
             optimizer.wait_for(parameters)
@@ -173,10 +186,14 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             rest.difference_update(own)
             _call_before(layer, partial(wait_for, own))
         model.register_forward_pre_hook(partial(wait_for, rest))
-        self._defers = True
+        self._outside_layers, self._defers = rest, True
+
+    def _late_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters whose new values may come after `step`."""
+        return self._masters.on_host
 
     def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Wait for the updates of parameters whose states are on the host."""
+        """Wait for the new values of parameters that may come after `step`."""
         if self._host:
             self._host.wait(self._masters[parameter] for parameter in parameters)
 
@@ -197,13 +214,20 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         if mixin is not None and mixin.should_skip_step():
             self.zero_grad()
             return
+        self._update_rest()
+        if not self._defers:
+            self.settle()
+
+    def _update_rest(self) -> None:
         waiting = [parameter for parameter in self._group_of if parameter.grad is not None]
         div_scale = self._div_scale([parameter.grad for parameter in waiting])
         for parameter in waiting:
             self._update(parameter, div_scale)
         self._flush(div_scale)
-        if not self._defers:
-            self.settle()
+
+    def grads(self) -> list[Tensor]:
+        """Return what this rank holds of the gradients."""
+        return [parameter.grad for parameter in self._group_of if parameter.grad is not None]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return upstream's, of a finished step."""
@@ -215,24 +239,48 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         scale = self.mixed_precision_mixin.get_grad_div_scale() if self.mixed_precision_mixin is not None else 1.0
         if not self._clip_grad_norm or not grads:
             return scale
-        self._current_grad_norm = norm = global_norm(grads)
+        self._current_grad_norm = norm = self._norm(grads)
         div_scale = ((norm / scale + 1e-6) / self._clip_grad_norm).clamp(min=1) * scale
         return div_scale.item() if self._host or norm.device.type == "cpu" else div_scale
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        return global_norm(grads)
 
     def _update(self, parameter: nn.Parameter, div_scale: float | Tensor) -> None:
         """Hand one parameter and its gradient to the host, or to the next launch on the device."""
         assert parameter.grad is not None, "only parameters with a gradient are updated"
         grad, parameter.grad = parameter.grad.contiguous().view(-1), None
-        number, master, working = self._group_of[parameter], self._masters[parameter], parameter.data.view(-1)
+        master, working = self._masters[parameter], parameter.data.view(-1)
         state = self.optim.advanced_state(master)
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if self._host and parameter in self._masters.on_host:
-            settings = self.optim.settings(self.optim.param_groups[number], state["step"], div_scale)
-            self._host.submit(grad, HostUpdate(working, master, *moments, settings))
+        states = master, state["exp_avg"], state["exp_avg_sq"]
+        on_host = parameter in self._masters.on_host
+        self._submit((self._group_of[parameter], state["step"]), grad, states, working, div_scale, on_host=on_host)
+
+    def _submit(
+        self,
+        key: tuple[int, int],
+        grad: Tensor,
+        states: tuple[Tensor, Tensor, Tensor],
+        working: Tensor,
+        div_scale: float | Tensor,
+        *,
+        on_host: bool,
+    ) -> None:
+        """Hand flat tensors of equal length to the host, or to the next launch on the device.
+
+        Args:
+            key: number of the parameter group, and of the update.
+            states: fp32 weights and both moments.
+            working: gets the new weights in its own type.
+        """
+        number, step = key
+        if on_host:
+            assert self._host, "made where something is on the host"
+            settings = self.optim.settings(self.optim.param_groups[number], step, div_scale)
+            self._host.submit(grad, HostUpdate(working, *states, settings))
             return
-        row = grad, master, *moments
-        is_own_master = master.data_ptr() == working.data_ptr()  # in fp32
-        self._pending[number, state["step"]].append(row if is_own_master else (*row, working))
+        is_own_master = states[0].data_ptr() == working.data_ptr()  # in fp32
+        self._pending[key].append((grad, *states) if is_own_master else (grad, *states, working))
         self._pending_numel += grad.numel()
         if self._pending_numel >= FLUSH_NUMEL:
             self._flush(div_scale)
@@ -260,10 +308,10 @@ def _call_before(layer: nn.Module, function: Callable[[], None]) -> None:
 class LocalFP16Mixin(FP16MixedPrecisionMixin):
     """Loss scaling that looks for overflows where the gradients are."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], **scaling: float) -> None:
+    def __init__(self, grads_of: Callable[[], list[Tensor]], **scaling: float) -> None:
         super().__init__(**scaling)
-        self._parameters = list(parameters)
+        self._grads_of = grads_of
 
     def check_local_overflow(self) -> bool:
-        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        grads = self._grads_of()
         return bool(grads) and not bool(global_norm(grads).isfinite())

@@ -178,13 +178,13 @@ def test_a_plugin_refuses_what_it_cannot_do(flags: dict[str, Any], problem: str)
     assert found(**flags)[0].startswith(problem)
 
 
-def test_several_gpus_share_the_states_out_so_their_share_on_the_host_is_all_or_nothing() -> None:
-    flags = {"plugin": "low_level_zero", "offload_optim_frac": 0.5, "step_in_backward": "on"}
-    assert found(**flags) == []
-    assert [problem.split(":")[0] for problem in found(world_size=2, num_gpus=2, gpus_per_node=2, **flags)] == [
-        "--offload_optim_frac 0.5",
-        "--step_in_backward on",
-    ]
+def test_gradients_divided_between_micro_batches_cannot_wait_for_a_step_in_the_backward_pass() -> None:
+    flags = {"plugin": "low_level_zero", "step_in_backward": "on", "zero_stage": 2, "gradient_accumulation_steps": 2}
+    several = {"world_size": 2, "num_gpus": 2, "gpus_per_node": 2}
+    (problem,) = found(**several, **flags)
+    assert problem.startswith("--step_in_backward on: not with --zero_stage 2 and accumulation")
+    assert found(**flags) == found(**several, **flags | {"zero_stage": 1}) == []
+    assert found(**several, **flags | {"gradient_accumulation_steps": 1}) == []
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
         return Outcome("", "", False, 0, status, command, 1.0, tokens_per_s=10.0, peak_reserved_gib=1.0)
 
     monkeypatch.setattr(side_by_side, "run", run)
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: H100))
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, host_gib: H100))
     arguments = ["--caps", "24", "--sizes", "125m", "--output", str(tmp_path)]
     assert caps.main(arguments) == 0
     first = len(commands)
@@ -82,5 +82,5 @@ def test_a_verdict_of_no_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.Mo
         return Outcome("", "", False, 0, "ok", command, 1.0, tokens_per_s=10.0, peak_reserved_gib=30.0)
 
     monkeypatch.setattr(side_by_side, "run", run)
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: H100))
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, host_gib: H100))
     assert caps.main(["--caps", "24", "--sizes", "125m", "--output", str(tmp_path)]) == 1

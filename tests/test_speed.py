@@ -19,6 +19,7 @@ def work_of(size: str = "1.3b", rows: int = 8, **changes: Any) -> Work:
         shape=shape,
         plugin="low_level_zero",
         at_best=True,
+        exchanges=False,
         tokens=rows * 1024,
         seq_len=1024,
         micro_batches=1,
@@ -62,6 +63,7 @@ def test_plugins_stand_in_the_order_of_the_readme() -> None:
     times = [step_time(work_of("125m", 32, plugin=plugin)).total for plugin in PLUGIN_SPEED]
     assert times == sorted(times)
     assert step_time(work_of(at_best=False)).total > step_time(work_of()).total
+    assert step_time(work_of(exchanges=True)).total > step_time(work_of()).total
     piped = work_of(plugin="hybrid_parallel", replica_size=4, bubble=0.25)
     assert step_time(piped).total < step_time(replace(piped, bubble=1.0)).total
 

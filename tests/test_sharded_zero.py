@@ -1,0 +1,148 @@
+"""LowLevelZero on several ranks: our buckets, the host and the backward pass train like the plain loop."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from colossal_ext import sharded_zero
+from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, _parts
+
+PLAIN = "--plugin torch_ddp"
+ZERO = "--plugin low_level_zero"
+BF16 = f"{ZERO} --precision bf16"
+CLIPPED = "--max_grad_norm 0.5 --gradient_accumulation_steps 2"
+RUNS = {
+    "plain": PLAIN,
+    "plain clipped": f"{PLAIN} {CLIPPED}",
+    "zero": ZERO,
+    "zero clipped": f"{ZERO} {CLIPPED}",
+    "stage 2 clipped": f"{ZERO} --zero_stage 2 {CLIPPED}",
+    "some on the host": f"{ZERO} --offload_optim_frac 0.1 --step_in_backward off",
+    "half on the host, clipped": f"{ZERO} --offload_optim_frac 0.5 {CLIPPED}",
+    "bf16": BF16,
+    "bf16 in the backward pass": f"{BF16} --step_in_backward on",
+    "bf16 on the host": f"{BF16} --offload_optim_frac 1 --step_in_backward off",
+    "bf16 on the host, in the backward pass": f"{BF16} --offload_optim_frac 1",
+    "fp16": f"{ZERO} --precision fp16 --allow_cpu_fp16 {CLIPPED}",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, run_many):
+    return run_many(tmp_path_factory.mktemp("runs"), {name: flags.split() for name, flags in RUNS.items()}, world=2)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("plain")])
+def test_losses_are_those_of_plain_training(runs, name):
+    run = runs[name]
+    assert run.code == 0, run.output
+    reference = "plain clipped" if CLIPPED in RUNS[name] else "plain"
+    assert run.losses == pytest.approx(runs[reference].losses, rel=2e-3 if "16" in name else 1e-6)
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_updates_in_the_backward_pass_and_on_the_host_change_no_bit(runs):
+    for name in RUNS:
+        if name.startswith("bf16"):
+            assert runs[name].losses == runs["bf16"].losses, name
+    steps = {name: runs[name].result["args"]["step_in_backward"] for name in runs if name.startswith("bf16 on")}
+    assert steps == {"bf16 on the host": "off", "bf16 on the host, in the backward pass": "on"}
+
+
+RESUMED = ("zero", "some on the host", "stage 2 clipped", "bf16 on the host, in the backward pass", "fp16")
+
+
+def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path, runs, run_many):
+    saving = {name: f"{RUNS[name]} --save_strategy steps --save_steps 1" for name in RESUMED}
+    saved = run_many(tmp_path, {name: flags.split() for name, flags in saving.items()}, world=2)
+    orders = {
+        f"{name} resumed": [
+            *f"{RUNS[name]} --resume_from_checkpoint".split(),
+            saved[name].folder / "checkpoints" / "step-00000002",
+        ]
+        for name in RESUMED
+    }
+    for name, run in run_many(tmp_path, orders, world=2).items():
+        assert run.code == 0, run.output
+        assert run.losses == runs[name.removesuffix(" resumed")].losses[2:], name
+
+
+def parameters(*sizes: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.arange(size, dtype=torch.float32)) for size in sizes]
+
+
+def test_a_bucket_takes_as_much_as_fits_and_at_least_one():
+    made = parameters(3, 3, 9, 1, 5)
+    assert [[len(each) for each in part] for part in _parts(made, 6)] == [[3, 3], [9], [1, 5]]
+    assert list(_parts([], 6)) == []
+
+
+class Exchange:
+    """Two ranks that hold the same: what torch.distributed would bring."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        monkeypatch.setattr(sharded_zero.dist, "reduce_scatter_tensor", self.reduce_scatter)
+        monkeypatch.setattr(sharded_zero.dist, "all_gather_into_tensor", self.all_gather)
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, **_: Any) -> SimpleNamespace:
+        self.calls.append("scatter")
+        output.copy_(2 * input.chunk(2)[0])
+        return SimpleNamespace(wait=lambda: None)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, **_: Any) -> SimpleNamespace:
+        self.calls.append("gather")
+        output.copy_(torch.cat([input, input + 100]))
+        return SimpleNamespace(wait=lambda: None)
+
+
+def bucket_of(made: list[nn.Parameter]) -> tuple[Bucket, dict[nn.Parameter, torch.Tensor]]:
+    bucket = Bucket(made, False, rank=0, num_ranks=2)
+    return bucket, dict(bucket.take(torch.empty(bucket.numel), torch.device("cpu"), torch.float32))
+
+
+def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch):
+    Exchange(monkeypatch)
+    made = parameters(4, 3)
+    bucket, masters = bucket_of(made)
+    assert [masters[each].tolist() for each in made] == [[0, 1], [0, 1]]
+    for parameter, grad in zip(made, ([1.0, 2, 3, 4], [5.0, 6, 7]), strict=True):
+        parameter.grad = torch.tensor(grad)
+    bucket.scatter()
+    assert all(parameter.grad is None for parameter in made)
+    bucket.receive()
+    assert bucket.shares is not None and bucket.shares.tolist() == [1, 2, 5, 6]
+    bucket.send_for()
+    bucket.arrive()
+    assert [each.tolist() for each in made] == [[1, 2, 101, 102], [5, 6, 105]]
+
+
+def test_shares_of_several_micro_batches_add_up_and_a_missing_gradient_is_known(monkeypatch):
+    Exchange(monkeypatch)
+    made = parameters(2, 2)
+    bucket, _ = bucket_of(made)
+    for _ in range(2):
+        made[1].grad = torch.ones(2)
+        bucket.scatter()
+        bucket.receive()
+    assert bucket.shares is not None and bucket.shares.tolist() == [0, 2] and bucket.present == {made[1]}
+
+
+def test_a_layer_waits_for_its_own_bucket_and_the_next_ones_are_on_their_way(monkeypatch):
+    exchange = Exchange(monkeypatch)
+    buckets = [bucket_of(parameters(2))[0] for _ in range(5)]
+    for bucket in buckets:
+        bucket.shares = torch.zeros(1)
+    optimizer = SimpleNamespace(
+        _gathers=sharded_zero.deque(buckets), _stale={each.parameters[0] for each in buckets}, _host=None
+    )
+    optimizer._gather_next = lambda: ShardedZeroOptimizer._gather_next(optimizer)
+    ShardedZeroOptimizer.wait_for(optimizer, buckets[0].parameters)
+    assert len(exchange.calls) == 3 and [each.is_sent_for for each in buckets] == [False, True, True, False, False]
+    ShardedZeroOptimizer.wait_for(optimizer, buckets[0].parameters)
+    assert len(exchange.calls) == 3
+    ShardedZeroOptimizer.wait_for(optimizer, buckets[2].parameters)
+    assert len(exchange.calls) == 5 and list(optimizer._gathers) == buckets[3:]
