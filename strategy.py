@@ -198,7 +198,7 @@ class Engine:
 
     def _clip_and_update(self) -> Tensor | float:
         """Clip and step under TorchDDP, which leaves the first to the user, and return the norm before."""
-        from colossal_ext.grad_norm import global_norm, number_if_there
+        from colossal_ext.grad_norm import clipping_divisor, global_norm, number_if_there
 
         has_scaler = self.args.precision == "fp16"
         if has_scaler:
@@ -209,8 +209,7 @@ class Engine:
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
             self.optimizer.step()
         else:  # the kernel divides: neither a pass over the gradients nor a wait for the norm
-            div_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1)
-            self.optimizer.unwrap().step(div_scale=div_scale)
+            self.optimizer.unwrap().step(div_scale=clipping_divisor(norm, self.args.max_grad_norm))
         return number_if_there(norm)
 
     @property
@@ -307,6 +306,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop everything boosted, so that the plugin's process groups end before the default one."""
+        if self.args.plugin == "low_level_zero" and self.optimizer is not None:
+            self.optimizer.close()
         self.model = self.optimizer = self.scheduler = self.plugin = None
         del self.booster
         gc.collect()

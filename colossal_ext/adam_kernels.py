@@ -42,7 +42,8 @@ class AdamSettings:
 
     @property
     def scales_gradients(self) -> bool:
-        return isinstance(self.div_scale, torch.Tensor) or (self.div_scale > 0 and self.div_scale != 1)
+        # NaN is to be seen in the weights.
+        return isinstance(self.div_scale, torch.Tensor) or not (self.div_scale <= 0 or self.div_scale == 1)
 
     def divisor(self, device: torch.device) -> torch.Tensor:
         """Return `div_scale` as an fp32 scalar on the device."""

@@ -12,6 +12,7 @@ from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk import manager as manager_module
 from colossalai.zero.gemini.chunk.chunk import Chunk
 
+from .grad_norm import clipping_divisor
 from .pinned import pinned_empty
 from .upstream import require_mended_version
 
@@ -114,7 +115,7 @@ def combined_scale(optimizer: Any) -> torch.Tensor | float:
     if not optimizer.clipping_flag:
         return scale
     squares = defaultdict[Any, list[torch.Tensor]](list)
-    for chunk in optimizer.chunk16_set:
+    for chunk in sorted(optimizer.chunk16_set, key=lambda each: each.count_id):  # a sum of its own order each run
         grad_chunk = chunk if optimizer.module.chunk_manager.reuse_fp16_chunk else chunk.grad_chunk
         squares[None if grad_chunk.is_gathered else grad_chunk.torch_pg].append(grad_chunk.l2_norm)
         grad_chunk.l2_norm = None
@@ -123,7 +124,7 @@ def combined_scale(optimizer: Any) -> torch.Tensor | float:
         if group is not None:
             dist.all_reduce(square, group=group)
     optimizer._current_grad_norm = norm = torch.stack(list(sums.values())).sum().sqrt()
-    return ((norm / scale + 1e-6) / optimizer.max_norm).clamp(min=1) * scale
+    return clipping_divisor(norm / scale, optimizer.max_norm) * scale
 
 
 def install_gemini_device_chunks() -> None:

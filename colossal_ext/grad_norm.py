@@ -49,6 +49,15 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))).float()
 
 
+def clipping_divisor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what gradients of this norm are divided by to be clipped; does not wait for the device.
+
+    NaN where the norm is not finite, so that the weights tell: division by infinity would turn gradients to zeros.
+    """
+    divisor = ((norm + 1e-6) / max_norm).clamp(min=1)
+    return torch.where(norm.isfinite(), divisor, torch.nan)
+
+
 def fp16_mixin(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
     """Return the object that scales the optimizer's losses, or None where ColossalAI does not."""
     candidates: tuple[Any, ...] = tuple(getattr(optimizer, name, None) for name in _MIXIN_NAMES)

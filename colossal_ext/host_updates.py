@@ -11,6 +11,7 @@ forks and joins the threads every 0.2 ms, beside a thread that feeds the GPU: 1.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections import Counter
@@ -73,7 +74,10 @@ class _Piece:
 
     @property
     def is_there(self) -> bool:
-        return self.slot.arrived is None or self.slot.arrived.query()
+        try:
+            return self.slot.arrived is None or self.slot.arrived.query()
+        except RuntimeError:  # the device has failed, as whoever waits for the event will see
+            return True
 
 
 class HostUpdates:
@@ -88,7 +92,7 @@ class HostUpdates:
         Args:
             largest_numel: elements of the largest parameter; no buffer needs to be larger.
         """
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._down: Any = torch.cuda.Stream(device) if self._on_gpu else None
         self._up: Any = torch.cuda.Stream(device) if self._on_gpu else None
         self._changed = threading.Condition()  # guards what follows
@@ -105,6 +109,7 @@ class HostUpdates:
         self._num_threads = num_threads(torch.get_num_threads(), on_gpu=self._on_gpu)
         self._thread = threading.Thread(target=self._run, name="host-adam", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that comes back to an interpreter at its end aborts the process
 
     def submit(self, grad: Tensor, update: HostUpdate) -> None:
         """Update one parameter from its gradient, which may be freed at once; waits only for a free buffer.
@@ -128,7 +133,7 @@ class HostUpdates:
         """Wait until the updates of these master weights are made and on their way up; the current stream for the rest.
 
         Raises:
-            RuntimeError: an update failed.
+            RuntimeError: an update failed. torch.OutOfMemoryError: for want of memory on the device.
         """
         wanted = {id(master) for master in masters}
         with self._changed:
@@ -147,13 +152,16 @@ class HostUpdates:
             self._arrive()
 
     def close(self) -> None:
-        """End the thread when everything is done."""
+        """End the thread when everything is done. Repeating it is fine."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _arrive(self) -> None:
+        if isinstance(self._error, torch.OutOfMemoryError):
+            raise self._error
         if self._error:
             raise RuntimeError("Adam on the host failed") from self._error
         if self._on_gpu:
@@ -161,7 +169,9 @@ class HostUpdates:
         self._unawaited.clear()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # of this thread
+        torch.set_num_threads(self._num_threads)  # of this thread, as is the device
+        if self._on_gpu:
+            torch.cuda.set_device(self._device)
         adam = HostAdam()
         while (piece := self._next()) is not None:
             try:
@@ -172,6 +182,7 @@ class HostUpdates:
             finally:
                 self._free.put(piece.slot)
                 self._note_done(id(piece.update.master))
+                del piece  # and with it the states, while the next one is waited for
 
     def _next(self) -> _Piece | None:
         """Return the newest gradient that is there, else the one that comes next; None at the end."""

@@ -25,7 +25,7 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch import Tensor, nn
 
 from .adam_kernels import AdamTensors, CompileFreeAdam
-from .grad_norm import global_norm
+from .grad_norm import clipping_divisor, global_norm
 from .host_updates import HostUpdate, HostUpdates
 from .pinned import pinned_empty
 from .upstream import require_mended_version
@@ -234,13 +234,34 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         self.settle()
         return super().state_dict(*args, **kwargs)
 
+    def state_dict_shard(self, *args: Any, **kwargs: Any) -> Iterator[tuple[dict[str, Any], int]]:
+        """Return upstream's, of a finished step."""
+        self.settle()
+        return super().state_dict_shard(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Finish the step, then do what upstream does."""
+        self.settle()
+        super().load_state_dict(state_dict)
+
+    def update_master_params(self, model: nn.Module) -> None:
+        """Finish the step, then do what upstream does."""
+        self.settle()
+        super().update_master_params(model)
+
+    def close(self) -> None:
+        """Finish the step and end the host's thread."""
+        self.settle()
+        if self._host:
+            self._host.close()
+
     def _div_scale(self, grads: list[Tensor]) -> float | Tensor:
         """Return what the gradients are to be divided by, loss scale x clipping, and remember their norm."""
         scale = self.mixed_precision_mixin.get_grad_div_scale() if self.mixed_precision_mixin is not None else 1.0
         if not self._clip_grad_norm or not grads:
             return scale
         self._current_grad_norm = norm = self._norm(grads)
-        div_scale = ((norm / scale + 1e-6) / self._clip_grad_norm).clamp(min=1) * scale
+        div_scale = clipping_divisor(norm / scale, self._clip_grad_norm) * scale
         return div_scale.item() if self._host or norm.device.type == "cpu" else div_scale
 
     def _norm(self, grads: list[Tensor]) -> Tensor:

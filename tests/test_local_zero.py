@@ -1,6 +1,12 @@
 """LowLevelZero on one rank: its own optimizer, on the host and in the backward pass, trains like the plain loop."""
 
+import gc
+import math
+import subprocess
+import sys
 import threading
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +14,13 @@ import pytest
 import torch
 
 from colossal_ext.adam_kernels import AdamSettings, AdamTensors, HostAdam
+from colossal_ext.grad_norm import clipping_divisor
 from colossal_ext.host_updates import HostUpdate, HostUpdates, Slot, _Piece
 from colossal_ext.local_zero import LocalZeroOptimizer, _call_before, offloaded
 from colossal_ext.pinned import pinned_empty
+from conftest import ROOT
 
+SETTINGS = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
 PLAIN = "--plugin torch_ddp"
 ZERO = "--plugin low_level_zero"
 CLIPPED = "--max_grad_norm 0.5 --gradient_accumulation_steps 2"
@@ -148,11 +157,10 @@ def test_a_layer_waits_for_its_own_parameters_and_no_others(monkeypatch):
 
     monkeypatch.setattr(HostUpdates, "_update", slow_update)
     updates = HostUpdates(torch.device("cpu"), largest_numel=4)
-    settings = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
     fast, slow = (torch.zeros(4) for _ in range(2))
     for master in (fast, slow):
         working, exp_avg, exp_avg_sq = (torch.zeros(4) for _ in range(3))
-        updates.submit(torch.ones(4), HostUpdate(working, master, exp_avg, exp_avg_sq, settings))
+        updates.submit(torch.ones(4), HostUpdate(working, master, exp_avg, exp_avg_sq, SETTINGS))
         updates.wait([fast])
     assert fast.lt(0).all() and slow.eq(0).all()
     goes_on.set()
@@ -194,10 +202,85 @@ def test_a_compiled_layer_waits_before_it_runs():
     assert calls == ["waited", "ran"]
 
 
-def test_a_failed_update_is_raised_where_it_is_waited_for():
+def submitted(settings: AdamSettings | None, master: torch.Tensor | None = None) -> HostUpdates:
     updates = HostUpdates(torch.device("cpu"), largest_numel=4)
-    zeros = torch.zeros(4)
-    updates.submit(zeros, HostUpdate(zeros, zeros, zeros, zeros, None))
+    master = torch.zeros(4) if master is None else master
+    updates.submit(torch.ones(4), HostUpdate(torch.zeros(4), master, torch.zeros(4), torch.zeros(4), settings))
+    return updates
+
+
+def test_a_failed_update_is_raised_where_it_is_waited_for():
+    updates = submitted(None)
     with pytest.raises(RuntimeError, match="Adam on the host failed"):
         updates.finish()
     updates.close()
+
+
+def test_a_gpu_that_is_full_is_not_taken_for_another_failure(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HostUpdates, "_update", fail)
+    updates = submitted(SETTINGS)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        updates.finish()
+    updates.close()
+
+
+def test_a_gpu_that_has_failed_ends_the_wait(monkeypatch):
+    class FailedEvent:
+        def query(self):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        synchronize = query
+
+    updates = HostUpdates(torch.device("cpu"), largest_numel=4)
+    zeros = torch.zeros(4)
+    piece = _Piece(Slot(zeros, FailedEvent()), HostUpdate(zeros, zeros, zeros, zeros, SETTINGS), slice(0, 4))
+    with updates._changed:
+        updates._pieces.append(piece)
+        updates._unfinished[id(zeros)] += 1
+        updates._changed.notify_all()
+    with pytest.raises(RuntimeError, match="Adam on the host failed"):
+        updates.finish()
+    updates.close()
+
+
+def test_what_was_updated_is_given_back_when_the_thread_has_ended():
+    block = torch.zeros(100)
+    updates = submitted(SETTINGS, block[:4])
+    updates.finish()
+    updates.close()
+    gone = [weakref.ref(block), weakref.ref(updates)]
+    del block, updates
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+LEAVES = """
+import sys, torch
+import colossal_ext
+from colossal_ext.adam_kernels import AdamSettings
+from colossal_ext.grad_norm import clipping_divisor
+from colossal_ext.host_updates import HostUpdate, HostUpdates
+numel = 2**22
+updates = HostUpdates(torch.device("cpu"), largest_numel=numel)
+settings = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
+for _ in range(12):
+    updates.submit(torch.ones(numel), HostUpdate(*(torch.zeros(numel) for _ in range(4)), settings))
+sys.exit(2)
+"""
+
+
+def test_a_process_that_ends_in_the_middle_of_an_update_keeps_its_exit_code():
+    done = subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+
+
+def test_a_norm_that_is_not_finite_shows_in_the_weights():
+    norms = torch.tensor([0.5, 2.0, torch.inf, torch.nan])
+    assert torch.equal(clipping_divisor(norms, 1.0).nan_to_num(), torch.tensor([1.0, 2.0 + 1e-6, 0.0, 0.0]))
+    for div_scale in (math.nan, torch.tensor(math.nan)):
+        tensors = [torch.ones(4) for _ in range(4)]
+        HostAdam().update(AdamTensors(*([each] for each in tensors)), replace(SETTINGS, div_scale=div_scale))
+        assert tensors[1].isnan().all()
