@@ -196,7 +196,7 @@ def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
     source = model.find_model(args)
     tokenizer = model.load_tokenizer(args, source)
     choice, args = resolve(args, process, source)
-    if found := model.layout_problems(source, args):
+    if found := model.layout_problems(source, args, process.world_size):
         raise ConfigError(*found)
     resume = None
     if args.resume_from_checkpoint:

@@ -163,7 +163,7 @@ def prepare(order: Order, process: Runtime, folder: Path) -> Job:
         args, world_size=process.world_size, num_gpus=process.num_gpus, gpus_per_node=process.local_world_size
     )
     choice, args = train_clm.resolve(args, process, source)
-    if found := found + model.layout_problems(source, args):
+    if found := found + model.layout_problems(source, args, process.world_size):
         raise ConfigError(*found)
     rows = {split: FixedRows(texts, split) for split, texts in json.loads((folder / order.texts).read_text()).items()}
     prepared = PreparedData(None if args.eval_only else rows["train"], rows["validation"], "")

@@ -136,9 +136,17 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(real_data):
 
 def test_a_layout_that_does_not_divide_the_model_is_refused():
     args = TrainArgs(model_name_or_path="tiny", plugin="hybrid_parallel", tp=8, pp=5)
-    found = layout_problems(tiny_source(), args)
+    found = layout_problems(tiny_source(), args, 40)
     assert "--tp 8: must divide tiny's attention heads, 4" in found
     assert "--pp 5: needs at least 5 layers, tiny has 4" in found
+
+
+def test_layers_left_out_at_random_are_refused_where_ranks_have_to_agree():
+    source = tiny_source()
+    source.config.layerdrop = 0.1
+    (problem,) = layout_problems(source, TINY, 2)
+    assert "layerdrop to 0" in problem
+    assert layout_problems(source, TINY, 1) == layout_problems(tiny_source(), TINY, 2) == []
 
 
 def test_the_learning_rate_follows_the_weights(opt_folder):
