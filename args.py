@@ -63,7 +63,7 @@ class TrainArgs:
     max_grad_norm: float = flag("training", 0.0, "clip the global gradient norm to this; 0: off", type=float)
     num_train_epochs: int = flag("training", 1, "passes over the training data", type=int)
     max_train_steps: int | None = flag("training", None, "stop after this many steps, overrides epochs; off: epochs decide", type=int)
-    logging_steps: int = flag("training", 10, "steps between two log lines", type=int)
+    logging_steps: int = flag("training", 10, "steps between two log lines, at which several ranks are also compared for a slow one", type=int)
     eval_strategy: str = flag("training", "epoch", "epoch: evaluate after each epoch and at the end; no: never", choices=("epoch", "no"))
     seed: int = flag("training", 42, "seed of weights, dropout and data order", type=int)
 
@@ -72,7 +72,7 @@ class TrainArgs:
     gradient_checkpointing: str = flag("parallelism", "auto", "recompute activations: on, off, N (the first N layers), auto: where memory needs it", metavar="{auto,on,off,N}")
     compile: str = flag("parallelism", "auto", "torch.compile; auto: on a GPU, where the plugin allows it", choices=("auto", "on", "off"))
     mem_cap: float = flag("parallelism", 0.0, "memory cap of each GPU in GB (10^9 bytes); 0: none", type=float)
-    zero_stage: int | None = flag("parallelism", None, "ZeRO stage: 1, 2 (low_level_zero; off: 1) or 0, 1, 2 (hybrid_parallel; off: 0)", type=int, choices=(0, 1, 2))
+    zero_stage: int | None = flag("parallelism", None, "ZeRO stage: 1, 2 (low_level_zero; off: 1; 2 matters to gradients that accumulate) or 0, 1, 2 (hybrid_parallel; off: 0)", type=int, choices=(0, 1, 2))
     tp: int = flag("parallelism", 1, "hybrid_parallel: GPUs that share each layer", type=int)
     pp: int = flag("parallelism", 1, "hybrid_parallel: pipeline stages", type=int)
     num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: as many as divide it, up to 4 a stage", type=int)

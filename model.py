@@ -124,8 +124,10 @@ def _trainable(config: PretrainedConfig, args: TrainArgs) -> PretrainedConfig:
 def layout_problems(source: ModelSource, args: TrainArgs, world_size: int) -> list[str]:
     """Return what in the model does not divide by the parallel layout, or would differ from rank to rank."""
     config, found = source.config, list[str]()
-    if world_size > 1 and getattr(config, "layerdrop", 0):
-        found.append(f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json")
+    if world_size > 1 and getattr(config, "layerdrop", False):
+        found.append(
+            f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json"
+        )
     if args.plugin != "hybrid_parallel" or max(args.tp, args.pp) == 1:
         return found
     if config.model_type != "opt":

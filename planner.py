@@ -41,7 +41,7 @@ FIT_MARGIN = 0.05
 EAGER_LOGIT_BYTES = 12
 # Compiled by itself, the loss keeps 16-bit logits and makes their 16-bit gradients: measured on an H100.
 COMPILED_LOGIT_BYTES = 4
-# LowLevelZeroPlugin's and HybridParallelPlugin's bucket of 12 x 2^20 elements, and its flattened copy.
+# HybridParallelPlugin's bucket of 12 x 2^20 elements, and its flattened copy.
 BUCKET_ELEMENTS = 2 * 12 * 2**20
 # Gemini's chunks: an eighth of the layers, at most this many elements (colossal_ext/gemini_chunks.py).
 LARGEST_CHUNK_ELEMENTS = 64 * 2**20
@@ -50,6 +50,7 @@ LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 # are under way or about to be (sharded_zero.py); colossal_ext/host_updates.py: staging buffers.
 FLUSH_ELEMENTS = 2**25
 EXCHANGES = 3
+BUCKETS = 8  # an exchange has this share of the parameters at most
 SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
 
@@ -358,7 +359,7 @@ def _low_level_zero_states(request: PlanRequest) -> States:
     embedding = shape.vocab_size * shape.embed_dim
     shares = 0 if request.step_in_backward else item * p // dp
     if dp > 1:
-        bucket = min(FLUSH_ELEMENTS, p // 8)
+        bucket = min(FLUSH_ELEMENTS, p // BUCKETS)
         gradients = shares + item * (EXCHANGES * (bucket + bucket // dp) + 2 * embedding)
     else:
         gradients = min(item * p, item * (FLUSH_ELEMENTS + embedding)) if request.step_in_backward else item * p
@@ -962,7 +963,7 @@ def alternatives(
     """
     num_gpus, found = 0 if gpu_gib is None else world_size, []
     for changes in MAIN_SETTINGS:
-        if changes.get("zero_stage") == 2 and world_size == 1:
+        if changes.get("zero_stage") == 2 and (world_size == 1 or args.gradient_accumulation_steps == 1):
             continue  # the same as stage 1
         for recompute in ("off", "on"):
             changed = {**changes, "gradient_checkpointing": recompute}

@@ -14,7 +14,9 @@ import report
 from planner import GIB, ModelShape, Plan, PlanRequest, plan, stage_params
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
-ORIGIN = "predicted from the rates of one H100 (scaling.py), across machines 400 Gb/s a GPU assumed; not measured"
+ORIGIN = (
+    "predicted from rates measured on H100 and H200 (scaling.py), across machines 400 Gb/s a GPU assumed; not measured"
+)
 
 # Rates of one H100 SXM unless they say otherwise.
 MATRIX_FLOPS = 787e12  # measured: bf16, 8192^3
@@ -286,7 +288,7 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
         job.shape, plugin, "bf16", machines.world_size, job.rows, job.block_size, gpu_gib=job.gpu_gib,
         processes_per_host=machines.gpus, dropout=job.dropout, random_weights=True,
     )  # fmt: skip
-    stages = {"low_level_zero": (1, 2), "hybrid_parallel": (0, 1)}.get(plugin, (0,))
+    stages = {"low_level_zero": (1,), "hybrid_parallel": (0, 1)}.get(plugin, (0,))
     layouts = [(1, 1)] if plugin != "hybrid_parallel" else list(_layouts(job.shape, machines))
     for recomputed in (0, job.shape.num_layers):
         for stage in stages:

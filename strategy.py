@@ -129,16 +129,16 @@ class Engine:
         is_last_stage = self.plugin.stage_manager is None or self.plugin.stage_manager.is_last_stage(ignore_chunk=True)
         return is_last_stage and dist.get_rank(self.plugin.tp_group) == 0
 
-    def make_forward_local(self, *, sometimes: bool) -> bool:
-        """Return whether a rank computes its next loss without the others, as far as that can be had.
+    def forward_is_local(self, *, settled: bool) -> bool:
+        """Return whether a rank computes its next loss without the others: no gathered parameters, no divided layers.
 
-        Not with gathered parameters or divided layers or depth. LowLevelZero's come to several ranks during the forward
-        pass, before it if `sometimes`. A collective.
+        Args:
+            settled: wait first for LowLevelZero's weights, which otherwise come during the forward pass. A collective.
         """
         if self.args.plugin == "low_level_zero" and self.runtime.world_size > 1:
-            if sometimes:
+            if settled:
                 self.settle()
-            return sometimes
+            return settled
         return self.args.plugin != "gemini" and self.args.replica_size == 1
 
     def seed_dropout(self, seed: int) -> None:
@@ -504,7 +504,9 @@ class PluginRow:
 PLUGIN_TABLE = {
     "torch_ddp": PluginRow(_torch_ddp, "the data"),
     "torch_ddp_fp16": PluginRow(_torch_ddp, "the data"),
-    "low_level_zero": PluginRow(_low_level_zero, "the data and the optimizer states (stage 2: and the gradients)"),
+    "low_level_zero": PluginRow(
+        _low_level_zero, "the data, the optimizer states and a step's gradients (stage 2: those that accumulate, too)"
+    ),
     "gemini": PluginRow(_gemini, "the data, the parameters, gradients and optimizer states"),
     "hybrid_parallel": PluginRow(_hybrid_parallel, "the data, each layer by --tp, the depth by --pp"),
 }

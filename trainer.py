@@ -180,8 +180,8 @@ class Trainer:
         self.pulse.mark("forward", step)
         self._stopwatch.end_loading()
         counts = self._global_counts(micro_batches)
-        is_local = engine.make_forward_local(sometimes=step % engine.args.logging_steps == 0)
-        self._stopwatch.start_forward(is_local=is_local)
+        is_logged = step % engine.args.logging_steps == 0
+        self._stopwatch.start_forward(is_local=engine.forward_is_local(settled=is_logged))
         scale = (engine.dp_size / counts[0].clamp(min=1)).float()
         totals = _StepTotals(step, counts)
 

@@ -15,7 +15,8 @@ opt_policy         tensor and pipeline parallel OPT (custom_policy)
 vocab_parallel     cross entropy over a sharded vocabulary
 local_ddp          TorchDDP on one rank, without its reducer
 local_zero         LowLevelZero on one rank: no buckets, no copies, states on device and host
-host_updates       its Adam on the host, beside the backward pass
+sharded_zero       the same on several ranks: few large exchanges, beside the backward and the forward pass
+host_updates       their Adam on the host, beside the backward pass
 pinned             page-locked memory of exact size, for the weights there
 states             weights and moments of any boosted model as full tensors
 scaler_state       the loss scale of any boosted optimizer

@@ -36,6 +36,7 @@ FLUSH_NUMEL = 2**25
 SCALING_OPTIONS = (
     "initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale",
 )  # fmt: skip
+OPTIONS = {"stage", "precision", "max_norm", "cast_inputs", "verbose", *SCALING_OPTIONS}
 
 
 class LocalZeroPlugin(LowLevelZeroPlugin):
@@ -46,11 +47,13 @@ class LocalZeroPlugin(LowLevelZeroPlugin):
             gradients come first; vectors stay on the device.
         updates_in_backward: update each parameter as soon as its gradient is there. Needs bf16 or fp32 and no
             clipping, and the caller has to look at the loss before the backward pass.
-        kwargs: LowLevelZeroPlugin's.
+        kwargs: LowLevelZeroPlugin's `OPTIONS`; the others belong to buckets that are not there.
     """
 
     def __init__(self, *, offload_frac: float = 0.0, updates_in_backward: bool = False, **kwargs: Any) -> None:
         require_mended_version("colossalai.zero.low_level.LowLevelZeroOptimizer")
+        if unknown := kwargs.keys() - OPTIONS:
+            raise ValueError(f"{', '.join(sorted(unknown))}: has no effect here")
         super().__init__(**kwargs)
         if updates_in_backward and (self.precision == "fp16" or self.zero_optim_kwargs["clip_grad_norm"]):
             raise ValueError("updates_in_backward: not with fp16 or clipping, which need all gradients first")
@@ -219,10 +222,10 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
             self.settle()
 
     def _update_rest(self) -> None:
-        waiting = [parameter for parameter in self._group_of if parameter.grad is not None]
-        div_scale = self._div_scale([parameter.grad for parameter in waiting])
-        for parameter in waiting:
-            self._update(parameter, div_scale)
+        div_scale = self._div_scale(self.grads())
+        for parameter in self._group_of:
+            if parameter.grad is not None:
+                self._update(parameter, div_scale)
         self._flush(div_scale)
 
     def grads(self) -> list[Tensor]:
@@ -251,9 +254,11 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
 
     def close(self) -> None:
         """Finish the step and end the host's thread."""
-        self.settle()
-        if self._host:
-            self._host.close()
+        try:
+            self.settle()
+        finally:
+            if self._host:
+                self._host.close()
 
     def _div_scale(self, grads: list[Tensor]) -> float | Tensor:
         """Return what the gradients are to be divided by, loss scale x clipping, and remember their norm."""

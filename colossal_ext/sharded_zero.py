@@ -48,20 +48,27 @@ class ShardedZeroPlugin(LocalZeroPlugin):
         return ShardedWeights(model, group_of, self.offload_frac, device, dtype)
 
     def support_no_sync(self) -> bool:
+        """Return False in stage 2, where no gradient stays whole until a later micro-batch."""
         return self.stage == 1
 
 
 class Bucket:
     """Parameters that are exchanged together, with this rank's share of their fp32 weights and moments.
 
+    Args:
+        on_host: weights and moments are there.
+
     Attributes:
+        whole: each parameter's own memory as (ranks, size), padded with zeros.
         masters: (numel,) fp32, the parameters' shares one behind the other, on the device or on the host.
         moments: both of Adam's, as `masters`; None before the first update.
         shares: (numel,) on the device, in the parameters' type: the mean gradients, then the new weights.
+        present: parameters whose gradients are in `shares`.
         num_missing: parameters whose gradients of this backward pass are not there.
+        on_their_way: parts of `masters` that the host updates.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], on_host: bool, rank: int, num_ranks: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, on_host: bool, rank: int, num_ranks: int) -> None:
         self.parameters, self.on_host = list(parameters), on_host
         self.rank, self.num_ranks = rank, num_ranks
         self.sizes = [-(-parameter.numel() // num_ranks) for parameter in parameters]
@@ -70,27 +77,29 @@ class Bucket:
         self.masters = torch.empty(0)
         self.moments: tuple[Tensor, Tensor] | None = None
         self.shares: Tensor | None = None
-        self.present: set[nn.Parameter] = set()  # with gradients in `shares`
-        self.on_their_way: list[Tensor] = []  # parts of `masters` that the host updates
-        self.whole: dict[nn.Parameter, Tensor] = {}  # their own memory, padded with zeros, as (ranks, size)
+        self.present: set[nn.Parameter] = set()
+        self.on_their_way: list[Tensor] = []
+        self.whole: dict[nn.Parameter, Tensor] = {}
         self._received: Tensor | None = None  # (numel,) and (ranks, numel), until `_work` is done
         self._exchanged: Tensor | None = None
         self._work: Any = None
 
-    def take(self, masters: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Fill `masters` from the parameters, turn these into `dtype` on the device, and yield their parts of it."""
+    def take(self, masters: Tensor, device: torch.device, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
+        """Fill `masters` from the parameters, turn these into `dtype` on the device, and return their parts of it."""
         self.masters = masters
-        for parameter, master in zip(self.parameters, masters.split(self.sizes), strict=True):
+        parts = dict(zip(self.parameters, masters.split(self.sizes), strict=True))
+        for parameter, master in parts.items():
             flat = parameter.detach().contiguous().view(-1)
             padded = self._padded(flat)
             master.copy_(padded[self.rank])
             self.whole[parameter] = padded.to(device).to(dtype)
             parameter.data = self.whole[parameter].view(-1)[: parameter.numel()].view(parameter.shape)
-            yield parameter, master
+        return parts
 
     def _padded(self, flat: Tensor) -> Tensor:
-        padding = -flat.numel() % self.num_ranks
-        return (nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.num_ranks, -1)
+        size = -(-flat.numel() // self.num_ranks)
+        padding = size * self.num_ranks - flat.numel()
+        return (nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.num_ranks, size)
 
     # Gradients
 
@@ -144,7 +153,7 @@ class ShardedWeights(MasterWeights):
     """This rank's shares of the fp32 weights, bucket by bucket, in the order in which a backward pass wants them.
 
     Args:
-        group_of: the optimizer's groups, by number; in a bucket their parameters stand together.
+        group_of: number of the optimizer's group of each parameter; in a bucket those of a group stand together.
 
     Attributes:
         buckets: never of parameters on the host and on the device.
@@ -158,12 +167,17 @@ class ShardedWeights(MasterWeights):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        dict.__init__(self)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        dict.__init__(self)  # not MasterWeights', which fills itself with whole parameters
+        parameters = [each for each in model.parameters() if each.requires_grad and each in group_of]
         self.on_host = set(offloaded(parameters, offload_frac))
         bucket_numel = min(BUCKET_NUMEL, sum(parameter.numel() for parameter in parameters) // BUCKETS)
         self.buckets = [
-            Bucket(sorted(part, key=group_of.__getitem__), on_host, dist.get_rank(), dist.get_world_size())
+            Bucket(
+                sorted(part, key=group_of.__getitem__),
+                on_host=on_host,
+                rank=dist.get_rank(),
+                num_ranks=dist.get_world_size(),
+            )
             for on_host, together in groupby(reversed(parameters), key=lambda each: each in self.on_host)
             for part in _parts(together, bucket_numel)
         ]
@@ -193,8 +207,9 @@ def _parts(parameters: Iterable[nn.Parameter], most: int) -> Iterator[list[nn.Pa
 class ShardedZeroOptimizer(LocalZeroOptimizer):
     """LocalZeroOptimizer over shares of gradients and parameters, one a rank.
 
-    All ranks have to make the same calls in the same order, forward passes included. Gradients are exchanged in the
-    backward pass of each micro-batch outside of `no_sync`.
+    All ranks have to make the same calls in the same order, forward passes included, and have gradients in the same
+    buckets. Gradients are exchanged in each backward pass outside of `no_sync`; with updates in the backward pass there
+    is one such pass a step. Weights are read by calling the layers, or after `settle`.
     """
 
     _masters: ShardedWeights
@@ -238,6 +253,8 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
     def _scatter(self, bucket: Bucket) -> None:
         while bucket in self._scattered:  # in an earlier micro-batch
             self._receive()
+        has_new_weights = bucket in self._updated or not self._stale.isdisjoint(bucket.parameters)
+        assert not has_new_weights, "a bucket is exchanged once a step, and only after it was read"
         bucket.scatter()
         self._scattered.append(bucket)
         while len(self._scattered) > MAX_IN_FLIGHT:
@@ -250,15 +267,19 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
             self._update_bucket(bucket, 1.0)
 
     def _reduce_grad(self, partition_grad: bool) -> None:
-        """Send what is left at the end of a backward pass: buckets in which some parameters have no gradient."""
+        """Send what is left at the end of a backward pass: buckets in which some parameters got no gradient in it."""
         for bucket in self._masters.buckets[self._next :]:
-            if bucket.num_missing < len(bucket.parameters):
+            if any(parameter.grad is not None for parameter in bucket.parameters):
                 self._scatter(bucket)
         self._next = 0
 
-    def grads(self) -> list[Tensor]:
+    def _receive_all(self) -> None:
         while self._scattered:
             self._receive()
+
+    def grads(self) -> list[Tensor]:
+        """Return this rank's shares of the mean gradients that no update has used, after waiting for all exchanges."""
+        self._receive_all()
         return [bucket.shares for bucket in self._waiting() if bucket.shares is not None]
 
     def _waiting(self) -> list[Bucket]:
@@ -271,8 +292,10 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
         return squares.sqrt().float()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, shares of them too."""
+        """Drop all gradients, shares of them and those on their way too."""
         super().zero_grad(set_to_none)
+        while self._scattered:
+            self._scattered.popleft().receive()
         for bucket in self._waiting():
             bucket.shares = None
             bucket.present.clear()
@@ -326,7 +349,8 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
         for kind, moment in zip(("exp_avg", "exp_avg_sq"), bucket.moments, strict=True):
             own = state.get(kind)
             if own is None or own.data_ptr() != moment.data_ptr() + part.start * moment.element_size():
-                state[kind] = moment[part] if own is None else moment[part].copy_(own.view(-1))  # loaded from a file
+                # New, or loaded from a file.
+                state[kind] = moment[part].zero_() if own is None else moment[part].copy_(own.view(-1))
         return self._group_of[parameter], state["step"]
 
     # Parameters

@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_a_checkpoint(monkeypa
     engine = SimpleNamespace(
         args=TrainArgs(precision="bf16"),
         runtime=SimpleNamespace(device="cpu", on_cpu=True, rank=0, world_size=1, is_main=True),
-        make_forward_local=lambda sometimes: True,
+        forward_is_local=lambda settled: True,
         dp_size=1,
         counts=False,
         learning_rate=1e-3,

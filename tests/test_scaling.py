@@ -40,7 +40,7 @@ def test_one_gpu_reaches_the_share_of_the_ceiling_that_was_put_in():
     assert prediction.tokens_per_s == pytest.approx(8 * 1024 / prediction.step.total)
 
 
-# Measured on H200s of one machine, 2026-11-27 (docs/scaling.md): tokens/s.
+# Measured on H200s of one machine, 2026-11-27 (docs/scaling.md), 1.3b: tokens/s. The rates are fitted to these.
 MEASURED = [
     ("low_level_zero", 1, {}, 62_400),
     ("torch_ddp", 1, {}, 58_300),
@@ -55,6 +55,9 @@ MEASURED = [
         4,
         {"tp": 2, "pp": 2, "compiled": False, "batch_size": 32, "num_microbatches": 8, "zero_stage": 0},
         78_408,
+    ),
+    pytest.param(
+        "low_level_zero", 4, {}, 199_842, marks=pytest.mark.xfail(strict=True, reason="predicted 20 % too fast")
     ),
 ]
 

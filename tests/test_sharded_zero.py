@@ -1,5 +1,8 @@
 """LowLevelZero on several ranks: our buckets, the host and the backward pass train like the plain loop."""
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from colossal_ext import sharded_zero
-from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, _parts
+import planner
+import scaling
+from colossal_ext import local_zero, sharded_zero
+from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, ShardedZeroPlugin, _parts
+from conftest import ROOT
 
 PLAIN = "--plugin torch_ddp"
 ZERO = "--plugin low_level_zero"
@@ -100,8 +106,8 @@ class Exchange:
 
 
 def bucket_of(made: list[nn.Parameter]) -> tuple[Bucket, dict[nn.Parameter, torch.Tensor]]:
-    bucket = Bucket(made, False, rank=0, num_ranks=2)
-    return bucket, dict(bucket.take(torch.empty(bucket.numel), torch.device("cpu"), torch.float32))
+    bucket = Bucket(made, on_host=False, rank=0, num_ranks=2)
+    return bucket, bucket.take(torch.empty(bucket.numel), torch.device("cpu"), torch.float32)
 
 
 def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch):
@@ -146,3 +152,46 @@ def test_a_layer_waits_for_its_own_bucket_and_the_next_ones_are_on_their_way(mon
     assert len(exchange.calls) == 3
     ShardedZeroOptimizer.wait_for(optimizer, buckets[2].parameters)
     assert len(exchange.calls) == 5 and list(optimizer._gathers) == buckets[3:]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """What two ranks found in tests/sharded_zero_cases.py: the largest difference of each case to one process."""
+    answer = tmp_path_factory.mktemp("toy") / "answer.json"
+    command = [sys.executable, "-m", "tests.sharded_zero_cases", str(answer)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(answer.read_text())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "a layer without gradients",
+        "a layer without gradients, in a bucket",
+        "gradients dropped between backward passes",
+        "accumulated, then a layer without gradients",
+        "stage 2, accumulated",
+        "on the host, slowly",
+        "an overflow, then steps",
+        "one rank evaluates more",
+    ],
+)
+def test_two_ranks_do_what_one_process_does(toy, name):
+    assert toy[name] < 1e-6
+
+
+def test_a_bucket_that_was_not_read_since_its_update_is_not_exchanged_again(toy):
+    assert "once a step" in toy["two backward passes with updates"]
+
+
+def test_an_option_of_buckets_that_are_not_there_is_refused():
+    with pytest.raises(ValueError, match="overlap_allgather: has no effect"):
+        ShardedZeroPlugin(stage=1, precision="bf16", overlap_allgather=True)
+
+
+def test_the_planner_counts_the_buckets_that_there_are():
+    assert planner.FLUSH_ELEMENTS == local_zero.FLUSH_NUMEL == sharded_zero.BUCKET_NUMEL
+    assert planner.BUCKETS == sharded_zero.BUCKETS and planner.EXCHANGES == sharded_zero.MAX_IN_FLIGHT + 1
+    assert scaling.ZERO_BUCKET_BYTES == 2 * sharded_zero.BUCKET_NUMEL
