@@ -709,6 +709,7 @@ def work(request: PlanRequest) -> Work:
         shape=request.shape,
         plugin=request.plugin,
         at_best=request.precision == "bf16" and not request.on_cpu,
+        on_gpu=not request.on_cpu,
         exchanges=request.world_size > 1,
         tokens=request.batch_size * request.block_size * request.accumulation_steps,
         seq_len=request.block_size,

@@ -28,6 +28,16 @@ OTHER_ZERO_SPEED = 0.8
 # batch 8 x 1024, then takes what it took on four H200 beside torch_ddp in the same call (2026-11-27: 199,842 tokens/s to
 # 202,909, and gemini's 196,005 to 210,600).
 EXCHANGE_SPEED = {"low_level_zero": 0.89, "gemini": 0.87}
+# What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
+# where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most. Half as
+# much more on another host.
+LAUNCH_S = {
+    "torch_ddp": 2.2e-3,
+    "torch_ddp_fp16": 2.8e-3,
+    "low_level_zero": 3.5e-3,
+    "hybrid_parallel": 4.7e-3,
+    "gemini": 5.5e-3,
+}
 # Updating in the backward pass, the host waits for the loss before it may launch that pass. Estimate.
 BACKWARD_STEP_SPEED = 0.97
 # 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
@@ -47,6 +57,7 @@ class Work:
 
     Args:
         at_best: GPUs in bf16.
+        on_gpu: the host launches what a GPU computes.
         exchanges: with other ranks.
         tokens: of all micro-batches, for each GPU of a data-parallel replica of `replica_size` GPUs.
         bubble: time that a pipeline's stages wait, over the time they work.
@@ -57,6 +68,7 @@ class Work:
     shape: MatrixShape
     plugin: str
     at_best: bool
+    on_gpu: bool
     exchanges: bool
     tokens: int
     seq_len: int
@@ -79,22 +91,30 @@ class StepTime:
         compute: forward, backward and the GPU's own update.
         recompute: forward of the recomputed layers once more.
         micro_batches: what accumulation adds.
-        host: the GPU waits for the host.
+        host: the GPU waits for the host's updates and parameters.
+        launches: the GPU waits for the host to launch its work, where that is little.
     """
 
     compute: float
     recompute: float
     micro_batches: float
     host: float
+    launches: float
 
     @property
     def total(self) -> float:
-        return self.compute + self.recompute + self.micro_batches + self.host
+        return self.compute + self.recompute + self.micro_batches + self.host + self.launches
 
     def describe(self) -> str:
         """Return the causes as shares of the whole, those that are nothing left out."""
-        parts = (("compute", self.compute), ("recompute", self.recompute), ("accumulation", self.micro_batches))
-        shares = {name: seconds / self.total for name, seconds in (*parts, ("waiting for the host", self.host))}
+        parts = {
+            "compute": self.compute,
+            "recompute": self.recompute,
+            "accumulation": self.micro_batches,
+            "waiting for the host": self.host,
+            "waiting for launches": self.launches,
+        }
+        shares = {name: seconds / self.total for name, seconds in parts.items()}
         return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
@@ -112,12 +132,21 @@ def step_time(work: Work) -> StepTime:
     host = work.host_states * HOST_ADAM_S
     if work.step_in_backward:
         host = max(0.0, host - last_backward)
+    compute = forward_backward + work.gpu_states * GPU_ADAM_S
     return StepTime(
-        compute=forward_backward + work.gpu_states * GPU_ADAM_S,
+        compute=compute,
         recompute=recompute,
         micro_batches=(work.micro_batches - 1) * (MICRO_BATCH_S + work.num_params * MICRO_BATCH_PARAMETER_S),
         host=host + work.micro_batches * work.host_parameters * HOST_PARAMETER_S,
+        launches=max(0.0, _launch_s(work) - compute - recompute),
     )
+
+
+def _launch_s(work: Work) -> float:
+    """Return the seconds in which the host launches a step; of divided models, which are not compiled, nothing is said."""
+    if not work.on_gpu or work.replica_size > 1:
+        return 0.0
+    return work.micro_batches * work.shape.num_layers * LAUNCH_S[work.plugin]
 
 
 def _plugin_speed(work: Work) -> float:

@@ -443,9 +443,11 @@ def choose(size: str, gpu_gib: float | None = 80, *, world_size: int = 1, host_g
     return resolve_auto(TrainArgs(**flags), shape_of(size), world_size, gpu_gib, host_gib)
 
 
-@pytest.mark.parametrize(("world_size", "plugin"), [(1, "low_level_zero"), (4, "torch_ddp")])
-def test_a_small_model_takes_the_fastest_plugin_without_recompute(world_size: int, plugin: str) -> None:
-    choice = choose("125m", world_size=world_size)
+@pytest.mark.parametrize(
+    ("world_size", "rows", "plugin"), [(1, 32, "low_level_zero"), (1, 8, "torch_ddp"), (4, 32, "torch_ddp")]
+)
+def test_a_small_model_takes_the_fastest_plugin_without_recompute(world_size: int, rows: int, plugin: str) -> None:
+    choice = choose("125m", world_size=world_size, per_device_train_batch_size=rows)
     assert (choice.plugin, choice.precision, choice.checkpointed_layers, choice.fits) == (plugin, "bf16", 0, True)
 
 
@@ -606,16 +608,7 @@ def test_every_choice_is_accepted_by_the_argument_checks() -> None:
     for size in ("tiny", "350m", "6.7b", "175b"):
         for mem_cap in (0.0, 8.0, 24.0):
             choice = choose(size, mem_cap=mem_cap)
-            args = TrainArgs(
-                plugin=choice.plugin,
-                precision=choice.precision,
-                gradient_checkpointing=str(choice.checkpointed_layers),
-                offload_optim_frac=choice.offload_optim_frac,
-                offload_param_frac=choice.offload_param_frac,
-                step_in_backward="on" if choice.step_in_backward else "off",
-                per_device_train_batch_size=choice.per_device_train_batch_size,
-                gradient_accumulation_steps=choice.gradient_accumulation_steps,
-            )
+            args = TrainArgs(precision=choice.precision, **planner._chosen_flags(choice))
             assert problems(args, world_size=1, num_gpus=1, gpus_per_node=1) == []
 
 

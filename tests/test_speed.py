@@ -19,6 +19,7 @@ def work_of(size: str = "1.3b", rows: int = 8, **changes: Any) -> Work:
         shape=shape,
         plugin="low_level_zero",
         at_best=True,
+        on_gpu=True,
         exchanges=False,
         tokens=rows * 1024,
         seq_len=1024,
@@ -59,13 +60,22 @@ def test_recompute_and_accumulation_cost_what_they_repeat() -> None:
     assert 0 < cut.micro_batches < 0.2 * plain.compute and plain.micro_batches == 0
 
 
-def test_plugins_stand_in_the_order_of_the_readme() -> None:
-    times = [step_time(work_of("125m", 32, plugin=plugin)).total for plugin in PLUGIN_SPEED]
+def test_plugins_stand_in_the_order_of_the_readme_where_the_gpu_is_busy() -> None:
+    times = [step_time(work_of("125m", 64, plugin=plugin)).total for plugin in PLUGIN_SPEED]
     assert times == sorted(times)
     assert step_time(work_of(at_best=False)).total > step_time(work_of()).total
     assert step_time(work_of(exchanges=True)).total > step_time(work_of()).total
     piped = work_of(plugin="hybrid_parallel", replica_size=4, bubble=0.25)
     assert step_time(piped).total < step_time(replace(piped, bubble=1.0)).total
+
+
+def test_a_small_batch_waits_for_the_host_to_launch_it_least_under_ddp() -> None:
+    small, large = (
+        {plugin: step_time(work_of("125m", rows, plugin=plugin)).total for plugin in PLUGIN_SPEED} for rows in (8, 32)
+    )
+    assert min(small, key=small.__getitem__) == "torch_ddp" and min(large, key=large.__getitem__) == "low_level_zero"
+    assert small["low_level_zero"] == pytest.approx(8 * 1024 / 195_239, rel=0.05)  # README, results
+    assert step_time(work_of("125m", 8, on_gpu=False)).launches == step_time(work_of()).launches == 0
 
 
 def test_the_causes_are_named_with_their_shares() -> None:
