@@ -207,7 +207,8 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_the_divisor_on_the_device_is_upstreams(max_norm: float) -> None:
     def optimizer(squares: list[Any]) -> Any:
-        chunks = [SimpleNamespace(is_gathered=True, l2_norm=square) for square in squares]
+        numbered = enumerate(squares)
+        chunks = [SimpleNamespace(is_gathered=True, l2_norm=square, count_id=number) for number, square in numbered]
         made = object.__new__(GeminiOptimizer)
         manager = SimpleNamespace(reuse_fp16_chunk=True)
         made.module, made.chunk16_set = SimpleNamespace(chunk_manager=manager), chunks
@@ -220,6 +221,28 @@ def test_the_divisor_on_the_device_is_upstreams(max_norm: float) -> None:
     assert combined_scale(ours).item() == pytest.approx(upstream._get_combined_scale())
     assert ours._current_grad_norm.item() == upstream._current_grad_norm == 8.0
     assert all(chunk.l2_norm is None for chunk in ours.chunk16_set)
+
+
+def test_the_divisor_does_not_depend_on_the_order_of_a_set() -> None:
+    torch.manual_seed(0)
+    squares, found = (1e4 * torch.rand(24)).tolist(), set()
+    for _ in range(20):
+        chunks = [
+            SimpleNamespace(is_gathered=True, l2_norm=torch.tensor(square), count_id=number)
+            for number, square in enumerate(squares)
+        ]
+        manager = SimpleNamespace(chunk_manager=SimpleNamespace(reuse_fp16_chunk=True))
+        mixin = SimpleNamespace(get_grad_div_scale=lambda: 1.0)
+        order = torch.randperm(len(chunks)).tolist()
+        optimizer = SimpleNamespace(
+            module=manager,
+            chunk16_set=[chunks[number] for number in order],
+            mix_precision_mixin=mixin,
+            clipping_flag=True,
+            max_norm=1.0,
+        )
+        found.add(combined_scale(optimizer).item())
+    assert len(found) == 1
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
