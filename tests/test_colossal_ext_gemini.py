@@ -225,8 +225,8 @@ def test_the_divisor_on_the_device_is_upstreams(max_norm: float) -> None:
 
 def test_the_divisor_does_not_depend_on_the_order_of_a_set() -> None:
     torch.manual_seed(0)
-    squares, found = (1e4 * torch.rand(24)).tolist(), set()
-    for _ in range(20):
+    squares, found = (10 ** (6 * torch.rand(40))).tolist(), set()
+    for _ in range(100):
         chunks = [
             SimpleNamespace(is_gathered=True, l2_norm=torch.tensor(square), count_id=number)
             for number, square in enumerate(squares)
