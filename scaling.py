@@ -227,10 +227,13 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     calls = math.ceil(gradient_bytes / (ZERO_BUCKET_BYTES if is_zero else DDP_BUCKET_BYTES))
     exchange = group.gather_s if scatters else group.all_reduce_s
     whole_s = exchange(gradient_bytes, calls=calls)
-    hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s * (1 - 1 / calls))
+    # LowLevelZero's last bucket, and the first one that the next forward pass wants, is the embedding.
+    embedding_bytes = request.shape.vocab_size * request.shape.embed_dim * item
+    last_s = exchange(embedding_bytes) if is_zero else whole_s / calls
+    hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s - last_s)
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
     weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
-    return whole_s - hidden_s, weights_s - (min(forward_s, weights_s * (1 - 1 / calls)) if is_zero else 0.0)
+    return whole_s - hidden_s, weights_s - (min(forward_s, weights_s - last_s) if is_zero else 0.0)
 
 
 def _layers_s(request: PlanRequest, group: Group) -> float:
