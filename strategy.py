@@ -100,8 +100,11 @@ class Engine:
     @property
     def defers_updates(self) -> bool:
         """Whether `step` returns before every parameter has its new value on every rank."""
-        on_several = self.args.plugin == "low_level_zero" and self.runtime.world_size > 1
-        return self.optimizer is not None and (self.steps_in_backward or on_several)
+        return self.optimizer is not None and (self.steps_in_backward or self._gathers_in_forward)
+
+    @property
+    def _gathers_in_forward(self) -> bool:
+        return self.args.plugin == "low_level_zero" and self.runtime.world_size > 1
 
     @property
     def steps_in_backward(self) -> bool:
@@ -135,7 +138,7 @@ class Engine:
         Args:
             settled: wait first for LowLevelZero's weights, which otherwise come during the forward pass. A collective.
         """
-        if self.args.plugin == "low_level_zero" and self.runtime.world_size > 1:
+        if self._gathers_in_forward:
             if settled:
                 self.settle()
             return settled

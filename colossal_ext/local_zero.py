@@ -114,6 +114,15 @@ class MasterWeights(dict[nn.Parameter, Tensor]):
             self[parameter] = master
             parameter.data = parameter.data.to(device).to(dtype)
 
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """Return the parameter's own memory, flat, with the padding that shares of equal size need."""
+        return parameter.data.view(-1)
+
+
+def groups_of(optimizer: CompileFreeAdam) -> dict[nn.Parameter, int]:
+    """Return the number of each parameter's group."""
+    return {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
 
 def offloaded(parameters: Iterable[nn.Parameter], offload_frac: float) -> Iterator[nn.Parameter]:
     """Yield the matrices whose states live on the host: from the last until the share of all elements is reached."""
@@ -132,7 +141,7 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         self, optimizer: CompileFreeAdam, masters: MasterWeights, *, updates_in_backward: bool, **options: Any
     ) -> None:
         self._masters = masters
-        self._group_of = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._group_of = groups_of(optimizer)
         # Upstream's hooks would fill its buckets.
         super().__init__(optimizer, **{**options, "overlap_communication": False, "partition_grad": False})
         self.mixed_precision_mixin: MixedPrecisionMixin | None
@@ -153,8 +162,9 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
 
     def _create_master_param_current_rank(self, param_list: list[nn.Parameter]) -> list[Tensor]:
         for parameter in param_list:
-            self.record_param_padding_size(parameter, 0)
-            self._working_param_to_padded_working_param[parameter] = parameter.data.view(-1)
+            whole = self._masters.whole(parameter)
+            self.record_param_padding_size(parameter, whole.numel() - parameter.numel())
+            self._working_param_to_padded_working_param[parameter] = whole
             self.link_master_and_working_param(self._masters[parameter], parameter)
         return [self._masters[parameter] for parameter in param_list]
 

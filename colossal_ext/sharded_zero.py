@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adam_kernels import CompileFreeAdam
-from .local_zero import LocalZeroOptimizer, LocalZeroPlugin, MasterWeights, offloaded
+from .local_zero import LocalZeroOptimizer, LocalZeroPlugin, MasterWeights, groups_of, offloaded
 from .pinned import pinned_empty
 
 # Elements of one exchange, if no parameter is larger: 64 MiB in 16 bits, which NVLink passes at nearly its full rate;
@@ -43,9 +43,7 @@ class ShardedZeroPlugin(LocalZeroPlugin):
     def _master_weights(
         self, model: nn.Module, optimizer: CompileFreeAdam, device: torch.device, dtype: torch.dtype
     ) -> MasterWeights:
-        groups = enumerate(optimizer.param_groups)
-        group_of = {parameter: number for number, group in groups for parameter in group["params"]}
-        return ShardedWeights(model, group_of, self.offload_frac, device, dtype)
+        return ShardedWeights(model, groups_of(optimizer), self.offload_frac, device, dtype)
 
     def support_no_sync(self) -> bool:
         """Return False in stage 2, where no gradient stays whole until a later micro-batch."""
@@ -190,6 +188,9 @@ class ShardedWeights(MasterWeights):
             place = next(blocks) if bucket.on_host else torch.empty(bucket.numel, device=device)
             self.update(bucket.take(place, device, dtype))
 
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return self.bucket_of[parameter].whole[parameter].view(-1)
+
 
 def _parts(parameters: Iterable[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
     """Yield the parameters in their order, together up to so many elements."""
@@ -221,14 +222,6 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
         self._gathers: deque[Bucket] = deque()
         self._stale: set[nn.Parameter] = set()  # other ranks' shares of them are not here yet
         super().__init__(optimizer, masters, **options)
-
-    def _create_master_param_current_rank(self, param_list: list[nn.Parameter]) -> list[Tensor]:
-        for parameter in param_list:
-            whole = self._masters.bucket_of[parameter].whole[parameter].view(-1)
-            self.record_param_padding_size(parameter, whole.numel() - parameter.numel())
-            self._working_param_to_padded_working_param[parameter] = whole
-            self.link_master_and_working_param(self._masters[parameter], parameter)
-        return [self._masters[parameter] for parameter in param_list]
 
     def _attach_hooks(self) -> None:
         optimizer = proxy(self)
@@ -273,13 +266,10 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
                 self._scatter(bucket)
         self._next = 0
 
-    def _receive_all(self) -> None:
-        while self._scattered:
-            self._receive()
-
     def grads(self) -> list[Tensor]:
         """Return this rank's shares of the mean gradients that no update has used, after waiting for all exchanges."""
-        self._receive_all()
+        while self._scattered:
+            self._receive()
         return [bucket.shares for bucket in self._waiting() if bucket.shares is not None]
 
     def _waiting(self) -> list[Bucket]:

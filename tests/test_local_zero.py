@@ -19,11 +19,16 @@ from colossal_ext.host_updates import HostUpdate, HostUpdates, Slot, _Piece
 from colossal_ext.local_zero import LocalZeroOptimizer, _call_before, offloaded
 from colossal_ext.pinned import pinned_empty
 from conftest import ROOT
+from zero_runs import (
+    CLIPPED,
+    PLAIN,
+    ZERO,
+    assert_no_bit_differs_in_bf16,
+    assert_resumed_runs_repeat_the_losses,
+    assert_trains_like_the_plain_run,
+)
 
 SETTINGS = AdamSettings(step=1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
-PLAIN = "--plugin torch_ddp"
-ZERO = "--plugin low_level_zero"
-CLIPPED = "--max_grad_norm 0.5 --gradient_accumulation_steps 2"
 RUNS = {
     "plain": PLAIN,
     "plain clipped": f"{PLAIN} {CLIPPED}",
@@ -45,14 +50,9 @@ def runs(tmp_path_factory, run_many):
     return run_many(tmp_path_factory.mktemp("runs"), {name: flags.split() for name, flags in RUNS.items()}, world=1)
 
 
-@pytest.mark.parametrize(("name", "reference"), [(name, "plain") for name in RUNS if "zero" in name or "host" in name])
-def test_losses_are_those_of_plain_training(runs, name, reference):
-    run = runs[name]
-    assert run.code == 0, run.output
-    reference = "plain clipped" if CLIPPED in RUNS[name] else "plain"
-    tolerance = 2e-3 if "16" in name else 1e-6
-    assert run.losses == pytest.approx(runs[reference].losses, rel=tolerance)
-    assert run.losses[-1] < run.losses[0]
+@pytest.mark.parametrize("name", [name for name in RUNS if "zero" in name or "host" in name])
+def test_losses_are_those_of_plain_training(runs, name):
+    assert_trains_like_the_plain_run(runs, RUNS, name)
 
 
 def test_stage_and_loss_scaling_do_not_change_the_model(runs):
@@ -61,27 +61,16 @@ def test_stage_and_loss_scaling_do_not_change_the_model(runs):
 
 
 def test_updates_in_the_backward_pass_and_on_the_host_change_no_bit(runs):
-    expected = runs["bf16"].losses
-    for name in ("bf16 on the host", "bf16 on the host, in the backward pass", "bf16 in the backward pass"):
-        assert runs[name].losses == expected, name
-    steps = {name: runs[name].result["args"]["step_in_backward"] for name in runs if name.startswith("bf16 on")}
-    assert steps == {"bf16 on the host": "off", "bf16 on the host, in the backward pass": "on"}
+    names = ("bf16 on the host", "bf16 on the host, in the backward pass", "bf16 in the backward pass")
+    assert_no_bit_differs_in_bf16(runs, names)
 
 
 RESUMED = ("zero", "half on the host", "bf16 on the host, in the backward pass", "bf16 in the backward pass", "fp16")
 
 
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path, runs, run_many):
-    saving = {name: f"{RUNS[name]} --save_strategy steps --save_steps 1" for name in RESUMED}
-    saved = run_many(tmp_path, {name: flags.split() for name, flags in saving.items()}, world=1)
-    last = {name: f"{RUNS[name]} --resume_from_checkpoint" for name in RESUMED}
-    orders = {
-        f"{name} resumed": [*flags.split(), saved[name].folder / "checkpoints" / "step-00000002"]
-        for name, flags in last.items()
-    }
-    for name, run in run_many(tmp_path, orders, world=1).items():
-        assert run.code == 0, run.output
-        assert run.losses == runs[name.removesuffix(" resumed")].losses[2:], name
+    flags = {name: RUNS[name] for name in RESUMED}
+    assert_resumed_runs_repeat_the_losses(tmp_path, runs, run_many, flags, world=1)
 
 
 def test_the_last_matrices_go_to_the_host_until_the_share_is_reached():

@@ -15,11 +15,16 @@ import scaling
 from colossal_ext import local_zero, sharded_zero
 from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, ShardedZeroPlugin, _parts
 from conftest import ROOT
+from zero_runs import (
+    CLIPPED,
+    PLAIN,
+    ZERO,
+    assert_no_bit_differs_in_bf16,
+    assert_resumed_runs_repeat_the_losses,
+    assert_trains_like_the_plain_run,
+)
 
-PLAIN = "--plugin torch_ddp"
-ZERO = "--plugin low_level_zero"
 BF16 = f"{ZERO} --precision bf16"
-CLIPPED = "--max_grad_norm 0.5 --gradient_accumulation_steps 2"
 RUNS = {
     "plain": PLAIN,
     "plain clipped": f"{PLAIN} {CLIPPED}",
@@ -43,37 +48,19 @@ def runs(tmp_path_factory, run_many):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("plain")])
 def test_losses_are_those_of_plain_training(runs, name):
-    run = runs[name]
-    assert run.code == 0, run.output
-    reference = "plain clipped" if CLIPPED in RUNS[name] else "plain"
-    assert run.losses == pytest.approx(runs[reference].losses, rel=2e-3 if "16" in name else 1e-6)
-    assert run.losses[-1] < run.losses[0]
+    assert_trains_like_the_plain_run(runs, RUNS, name)
 
 
 def test_updates_in_the_backward_pass_and_on_the_host_change_no_bit(runs):
-    for name in RUNS:
-        if name.startswith("bf16"):
-            assert runs[name].losses == runs["bf16"].losses, name
-    steps = {name: runs[name].result["args"]["step_in_backward"] for name in runs if name.startswith("bf16 on")}
-    assert steps == {"bf16 on the host": "off", "bf16 on the host, in the backward pass": "on"}
+    assert_no_bit_differs_in_bf16(runs, [name for name in RUNS if name.startswith("bf16")])
 
 
 RESUMED = ("zero", "some on the host", "stage 2 clipped", "bf16 on the host, in the backward pass", "fp16")
 
 
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path, runs, run_many):
-    saving = {name: f"{RUNS[name]} --save_strategy steps --save_steps 1" for name in RESUMED}
-    saved = run_many(tmp_path, {name: flags.split() for name, flags in saving.items()}, world=2)
-    orders = {
-        f"{name} resumed": [
-            *f"{RUNS[name]} --resume_from_checkpoint".split(),
-            saved[name].folder / "checkpoints" / "step-00000002",
-        ]
-        for name in RESUMED
-    }
-    for name, run in run_many(tmp_path, orders, world=2).items():
-        assert run.code == 0, run.output
-        assert run.losses == runs[name.removesuffix(" resumed")].losses[2:], name
+    flags = {name: RUNS[name] for name in RESUMED}
+    assert_resumed_runs_repeat_the_losses(tmp_path, runs, run_many, flags, world=2)
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
