@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,50 +177,52 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def build_model(source: ModelSource, *, seed: int, device: torch.device = HOST, room_bytes: float = 0.0) -> nn.Module:
+def build_model(
+    source: ModelSource, *, seed: int, device: torch.device = HOST, place: Callable[[nn.Module], Any] | None = None
+) -> nn.Module:
     """Return the model in fp32 with the summed loss, the same on every rank.
 
-    Random weights are drawn on `device`, which takes a GPU milliseconds and a host half a minute for 1.3b; they stay
-    there if they fit in `room_bytes`, and go to the host layer by layer if not. Pretrained safetensors are mapped to
-    the host, not read: the ranks of a machine share the pages until they write.
+    Random weights are drawn on `device`, which takes a GPU milliseconds and a host half a minute for 1.3b. Pretrained
+    safetensors are mapped to the host, not read: the ranks of a machine share the pages until they write.
+
+    Args:
+        place: gets each module on a GPU as soon as its own random weights are drawn, to put them elsewhere.
 
     Raises:
         ConfigError: the weights do not fill the model.
     """
     torch.manual_seed(seed)
     if source.weights is None:
-        model: Any = _random_weights(source.config, device, room_bytes)
+        model: Any = _random_weights(source.config, device, place)
     else:
         model = _load_weights(source)
     model.loss_function = summed_loss
     return model.train()
 
 
-def _random_weights(config: PretrainedConfig, device: torch.device, room_bytes: float) -> nn.Module:
+def _random_weights(
+    config: PretrainedConfig, device: torch.device, place: Callable[[nn.Module], Any] | None
+) -> nn.Module:
     options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **options)
     # Buffers, such as rotary frequencies, are computed by the constructor, which meta tensors skip.
     if device.type == "cpu" or any(True for _ in model.buffers()):
         return AutoModelForCausalLM.from_config(config, **options)
-    return draw_weights(model, device, stay=4 * model.num_parameters() <= room_bytes)
+    return draw_weights(model, device, place)
 
 
 @torch.no_grad()
-def draw_weights(model: Any, device: torch.device, *, stay: bool) -> Any:
-    """Give a model on the meta device random weights, drawn module by module on `device`.
-
-    Args:
-        stay: leave them there; otherwise each module goes to the host before the next is drawn.
-    """
+def draw_weights(model: Any, device: torch.device, place: Callable[[nn.Module], Any] | None = None) -> Any:
+    """Give a model on the meta device random weights, drawn module by module on `device`, each put in its place."""
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for module in model.modules():
         if module is tied or not module._parameters:
             continue
         module.to_empty(device=device, recurse=False)
         model._init_weights(module)
-        if not stay:
-            module._apply(torch.Tensor.cpu, recurse=False)
+        if place:
+            place(module)
     model.tie_weights()
     return model
 

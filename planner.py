@@ -30,8 +30,9 @@ HOST_YOUNG_PROCESS_BYTES = int(1.2 * GIB)
 # Holes in malloc's heap, as a share of the states of layers: what 125m and 350m need on a CPU beyond their tensors.
 HEAP_HOLES = 0.08
 # Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
-# go to the host layer by layer as they are drawn.
+# go to the host layer by layer as they are drawn, or are cast if that takes no more than the second share.
 WEIGHTS_ROOM = 0.4
+CAST_ROOM = 0.8
 # A compiled layer keeps about this much more of each token than its tensors add up to, whatever its width: measured on
 # an H100 at 125m and 1.3b; statistics of LayerNorm and attention are part of it.
 COMPILED_LAYER_BYTES = 400
@@ -46,9 +47,10 @@ BUCKET_ELEMENTS = 2 * 12 * 2**20
 # Gemini's chunks: an eighth of the layers, at most this many elements (colossal_ext/gemini_chunks.py).
 LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 
-# colossal_ext/local_zero.py: gradients collected before a launch, on several ranks before an exchange, of which so many
-# are under way or about to be (sharded_zero.py); colossal_ext/host_updates.py: staging buffers.
+# colossal_ext/local_zero.py: gradients collected before a launch; sharded_zero.py: before an exchange, of which so many
+# are under way or about to be; host_updates.py: staging buffers.
 FLUSH_ELEMENTS = 2**25
+EXCHANGE_ELEMENTS = 2**26
 EXCHANGES = 3
 BUCKETS = 8  # an exchange has this share of the parameters at most
 SLOT_ELEMENTS = 2**25
@@ -359,7 +361,7 @@ def _low_level_zero_states(request: PlanRequest) -> States:
     embedding = shape.vocab_size * shape.embed_dim
     shares = 0 if request.step_in_backward else item * p // dp
     if dp > 1:
-        bucket = min(FLUSH_ELEMENTS, p // BUCKETS)
+        bucket = min(EXCHANGE_ELEMENTS, p // BUCKETS)
         gradients = shares + item * (EXCHANGES * (bucket + bucket // dp) + 2 * embedding)
     else:
         gradients = min(item * p, item * (FLUSH_ELEMENTS + embedding)) if request.step_in_backward else item * p
@@ -415,7 +417,7 @@ def _gemini_states(request: PlanRequest) -> States:
         master_weights=int(4 * share * on_device),
         moments=int(8 * share * on_device),
         communication=communication,
-        built_parameters=2 * share,
+        built_parameters=2 * share + (2 * shape.num_params if _weights_place(request) == "cast" else 0),
         built_masters=4 * share,
         offloaded=int((12 + sixteen_bit) * share * offloaded),
     )
@@ -559,12 +561,27 @@ def framework_bytes(plugin: str, world_size: int) -> int:
     return CUDA_BYTES + groups + (NCCL_BYTES if world_size > 1 else 0)
 
 
-def weights_room(plugin: str, limit_bytes: int | None) -> float:
-    """Return the bytes of a GPU that random fp32 weights may fill until the plugin has placed them.
+def weights_place(plugin: str, precision: str, num_params: int, world_size: int, limit_bytes: int | None) -> str:
+    """Return where random weights drawn on a GPU wait for the plugin: "device", "host", or "cast" on the device.
 
-    Gemini builds 16-bit and fp32 chunks beside the parameters: these wait on the host.
+    Cast they have the form that the plugin keeps: 16 bits, and in LowLevelZero's case this rank's share in fp32.
     """
-    return 0.0 if plugin == "gemini" else WEIGHTS_ROOM * (limit_bytes or 0)
+    if plugin != "gemini" and 4 * num_params <= WEIGHTS_ROOM * (limit_bytes or 0):
+        return "device"
+    if precision == "fp32" or plugin not in ("gemini", "low_level_zero") or world_size == 1:
+        return "host"
+    share = num_params // world_size
+    # Gemini builds 16-bit and fp32 chunks beside the parameters.
+    built = 2 * num_params + (6 if plugin == "gemini" else 4) * share
+    return "cast" if built <= CAST_ROOM * (limit_bytes or 0) else "host"
+
+
+def _weights_place(request: PlanRequest) -> str:
+    if not request.random_weights:
+        return "host"
+    return weights_place(
+        request.plugin, request.precision, request.shape.num_params, request.world_size, request.limit_bytes
+    )
 
 
 def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
@@ -574,8 +591,7 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
         tensors = offloaded + device.total + _heap_bytes(request, device)
         return request.processes_per_host * (HOST_PROCESS_BYTES + tensors)
     weights = 4 * request.shape.num_params
-    stay = request.random_weights and weights <= weights_room(request.plugin, request.limit_bytes)
-    loading = HOST_YOUNG_PROCESS_BYTES + (0 if stay else weights)
+    loading = HOST_YOUNG_PROCESS_BYTES + (weights if _weights_place(request) == "host" else 0)
     return request.processes_per_host * max(HOST_CUDA_PROCESS_BYTES + offloaded, loading)
 
 

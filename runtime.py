@@ -37,7 +37,7 @@ LOCK_FILE = "run.lock"
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_OOM, EXIT_NAN = 0, 1, 2, 3, 4
 
 # (package, oldest tested, newest tested); ColossalAI's patches in colossal_ext hold for one release only.
-TESTED_VERSIONS = (("torch", "2.11", "2.13"), ("transformers", "5.17", "5.23"), ("colossalai", "0.5.0", "0.5.0"))
+TESTED_VERSIONS = (("torch", "2.11", "2.13"), ("transformers", "5.18", "5.23"), ("colossalai", "0.5.0", "0.5.0"))
 
 
 class RankFailure(RuntimeError):

@@ -48,7 +48,7 @@ HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the ho
 UPDATE_BYTES = 3 * 8 + 2 + 2
 # The last bucket meets no more backward pass to hide behind: torch's default, and colossal_ext/sharded_zero.py's.
 DDP_BUCKET_BYTES = 25 * 2**20
-ZERO_BUCKET_BYTES = 64 * 2**20
+ZERO_BUCKET_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)

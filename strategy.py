@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 # fp16 skips steps until the scale fits: 16 of them from LowLevelZero's own start, 2^32, and in the equivalence matrix
 # two from 2^16 on several ranks, whose own few rows have larger gradients than the whole batch, none on one.
 INITIAL_LOSS_SCALE = 2**12
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_compile(args: TrainArgs, *, on_cpu: bool) -> str:
@@ -313,6 +316,7 @@ class Engine:
             self.optimizer.close()
         self.model = self.optimizer = self.scheduler = self.plugin = None
         del self.booster
+        gc.unfreeze()  # trainer.py froze what is to go now, too
         gc.collect()
 
     def _counted(self, loss: Tensor) -> Tensor:
@@ -395,6 +399,20 @@ def make_scheduler(optimizer: Optimizer, args: TrainArgs, num_steps: int) -> LRS
     return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
 
 
+def placing(where: str, args: TrainArgs, runtime: Runtime) -> Callable[[nn.Module], Any] | None:
+    """Return what becomes of a module's weights as soon as they are drawn on a GPU: `planner.weights_place`."""
+    if where == "device":
+        return None
+    if where == "host":
+        return lambda module: module._apply(torch.Tensor.cpu, recurse=False)
+    dtype = DTYPES[args.precision]
+    if args.plugin == "gemini":  # makes its fp32 chunks of 16-bit weights
+        return lambda module: module._apply(lambda each: each.to(dtype), recurse=False)
+    from colossal_ext.sharded_zero import keep_share
+
+    return partial(keep_share, rank=runtime.rank, num_ranks=runtime.world_size, dtype=dtype)
+
+
 def _make_plugin(args: TrainArgs, runtime: Runtime, workload: Workload) -> tuple[Any, Any]:
     """Return ColossalAI's plugin, and a MixedPrecision object for the one that needs it."""
     from colossal_ext.mends import install_mends
@@ -409,8 +427,7 @@ def _mixed_precision(args: TrainArgs, runtime: Runtime) -> Any:
         return None
     from colossal_ext.mixed_precision import AutocastPrecision
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return AutocastPrecision(runtime.device.type, dtype, initial_scale=INITIAL_LOSS_SCALE)
+    return AutocastPrecision(runtime.device.type, DTYPES[args.precision], initial_scale=INITIAL_LOSS_SCALE)
 
 
 def _torch_ddp(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:

@@ -418,11 +418,11 @@ def train(
     import trainer
 
     args, rows = job.args, job.data
+    where = planner.weights_place(
+        args.plugin, args.precision, job.shape.num_params, job.process.world_size, job.choice.plan.limit_bytes
+    )
     module = model.build_model(
-        job.source,
-        seed=args.seed,
-        device=job.process.device,
-        room_bytes=planner.weights_room(args.plugin, job.choice.plan.limit_bytes),
+        job.source, seed=args.seed, device=job.process.device, place=strategy.placing(where, args, job.process)
     )
     model.recompute_layers(module, int(args.gradient_checkpointing))
     engine = strategy.Engine(args, job.process, strategy.workload(module, varying_length=not args.packs_text))

@@ -33,7 +33,7 @@ def hook_layers(layers: Iterable[Any]) -> None:
 
     Args:
         layers: transformers' GradientCheckpointingLayers. Those that recompute still do, but no longer by themselves:
-            5.17 does it around a layer's call and 5.23 inside of it, where the hooks would not run again.
+            some releases do it around a layer's call and 5.23 inside of it, where the hooks would not run again.
 
     Raises:
         RuntimeError: another ColossalAI than 0.5.0 is installed.

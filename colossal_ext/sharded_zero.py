@@ -25,9 +25,10 @@ from .adam_kernels import CompileFreeAdam
 from .local_zero import LocalZeroOptimizer, LocalZeroPlugin, MasterWeights, groups_of, offloaded
 from .pinned import pinned_empty
 
-# Elements of one exchange, if no parameter is larger: 64 MiB in 16 bits, which NVLink passes at nearly its full rate;
-# and of a small model no more than this share, so that there is a backward pass to hide behind.
-BUCKET_NUMEL = 2**25
+# Elements of one exchange, if no parameter is larger: 128 MiB in 16 bits, which NVLink passes at its full rate, and few
+# enough that the host keeps ahead of the device; and of a small model no more than this share, so that there is a
+# backward pass to hide behind.
+BUCKET_NUMEL = 2**26
 BUCKETS = 8
 # Exchanges of gradients, and of parameters, that are under way while the device computes.
 MAX_IN_FLIGHT = 2
@@ -48,6 +49,21 @@ class ShardedZeroPlugin(LocalZeroPlugin):
     def support_no_sync(self) -> bool:
         """Return False in stage 2, where no gradient stays whole until a later micro-batch."""
         return self.stage == 1
+
+
+@torch.no_grad()
+def keep_share(module: nn.Module, *, rank: int, num_ranks: int, dtype: torch.dtype) -> None:
+    """Turn a module's own fp32 parameters into `dtype`, and keep this rank's share of each for `Bucket.take`."""
+    for parameter in module.parameters(recurse=False):
+        parameter.master_share = padded(parameter.view(-1), num_ranks)[rank].clone()  # type: ignore[attr-defined]
+        parameter.data = parameter.data.to(dtype)
+
+
+def padded(flat: Tensor, num_ranks: int) -> Tensor:
+    """Return (num_ranks, size): equal shares, the last ones filled up with zeros."""
+    size = -(-flat.numel() // num_ranks)
+    padding = size * num_ranks - flat.numel()
+    return (nn.functional.pad(flat, (0, padding)) if padding else flat).view(num_ranks, size)
 
 
 class Bucket:
@@ -74,6 +90,7 @@ class Bucket:
         self.num_missing = len(self.parameters)
         self.masters = torch.empty(0)
         self.moments: tuple[Tensor, Tensor] | None = None
+        self._moments_of: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
         self.shares: Tensor | None = None
         self.present: set[nn.Parameter] = set()
         self.on_their_way: list[Tensor] = []
@@ -87,17 +104,19 @@ class Bucket:
         self.masters = masters
         parts = dict(zip(self.parameters, masters.split(self.sizes), strict=True))
         for parameter, master in parts.items():
-            flat = parameter.detach().contiguous().view(-1)
-            padded = self._padded(flat)
-            master.copy_(padded[self.rank])
-            self.whole[parameter] = padded.to(device).to(dtype)
+            whole = padded(parameter.detach().contiguous().view(-1), self.num_ranks)
+            master.copy_(parameter.__dict__.pop("master_share", whole[self.rank]))
+            self.whole[parameter] = whole.to(device).to(dtype)
             parameter.data = self.whole[parameter].view(-1)[: parameter.numel()].view(parameter.shape)
         return parts
 
-    def _padded(self, flat: Tensor) -> Tensor:
-        size = -(-flat.numel() // self.num_ranks)
-        padding = size * self.num_ranks - flat.numel()
-        return (nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.num_ranks, size)
+    def moments_of(self, parameter: nn.Parameter, part: slice) -> tuple[Tensor, Tensor]:
+        """Return the parameter's part of both moments, the same objects each time."""
+        if parameter not in self._moments_of:
+            assert self.moments is not None, "made before"
+            exp_avg, exp_avg_sq = self.moments
+            self._moments_of[parameter] = exp_avg[part], exp_avg_sq[part]
+        return self._moments_of[parameter]
 
     # Gradients
 
@@ -109,7 +128,7 @@ class Bucket:
             if parameter.grad is None:
                 grads.append(torch.zeros_like(whole))
                 continue
-            grads.append(self._padded(parameter.grad.contiguous().view(-1)))
+            grads.append(padded(parameter.grad.contiguous().view(-1), self.num_ranks))
             parameter.grad = None
             self.present.add(parameter)
         sent = torch.cat(grads, dim=1)
@@ -332,15 +351,12 @@ class ShardedZeroOptimizer(LocalZeroOptimizer):
         """Count an update of a parameter whose states stand in a part of the bucket, and return its key."""
         if parameter not in bucket.present:
             return None
-        assert bucket.moments is not None, "made before"
         state = self.optim.state[self._masters[parameter]]
-        state.setdefault("step", 0)
-        state["step"] += 1
-        for kind, moment in zip(("exp_avg", "exp_avg_sq"), bucket.moments, strict=True):
+        state["step"] = state.get("step", 0) + 1
+        for kind, moment in zip(("exp_avg", "exp_avg_sq"), bucket.moments_of(parameter, part), strict=True):
             own = state.get(kind)
-            if own is None or own.data_ptr() != moment.data_ptr() + part.start * moment.element_size():
-                # New, or loaded from a file.
-                state[kind] = moment[part].zero_() if own is None else moment[part].copy_(own.view(-1))
+            if own is not moment:  # new, or loaded from a file
+                state[kind] = moment.zero_() if own is None else moment.copy_(own.view(-1))
         return self._group_of[parameter], state["step"]
 
     # Parameters

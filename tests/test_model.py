@@ -7,6 +7,7 @@ from transformers import OPTForCausalLM
 from args import ConfigError, TrainArgs
 from model import (
     build_model,
+    draw_weights,
     check_first_loss,
     count_targets,
     find_model,
@@ -170,3 +171,24 @@ def test_recomputing_changes_no_gradient():
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append(model.model.decoder.layers[0].fc1.weight.grad)
     assert torch.equal(*gradients)
+
+
+def test_modules_go_to_their_place_as_they_are_drawn():
+    def drawn(place=None):
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = OPTForCausalLM(tiny_source().config)
+        return draw_weights(model, torch.device("cpu"), place)
+
+    whole, cast = drawn(), drawn(lambda module: module._apply(torch.Tensor.bfloat16, recurse=False))
+    assert cast.lm_head.weight is cast.model.decoder.embed_tokens.weight
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter.bfloat16(), cast.get_parameter(name)), name
+
+
+def test_a_forward_pass_asks_the_device_nothing():
+    # On the meta device whoever looks at a number fails; on a GPU the host would wait, and no longer run ahead.
+    with torch.device("meta"):
+        model = OPTForCausalLM(tiny_source().config)
+        ids = torch.ones(2, 16, dtype=torch.int64)
+    assert model(input_ids=ids, labels=ids).loss.is_meta

@@ -120,7 +120,7 @@ def test_all_gradients_meet_the_last_layers_activations() -> None:
 
 
 def test_zero_divides_states_and_gradients_and_stage_2_those_that_accumulate_too() -> None:
-    exchanged = 2 * (3 * 2**25 * 5 / 4 + 2 * 50272 * 2048) / OPT_SHAPES["1.3b"].num_params
+    exchanged = 2 * (3 * 2**26 * 5 / 4 + 2 * 50272 * 2048) / OPT_SHAPES["1.3b"].num_params
     for stage in (1, 2):
         states = state_bytes("backward", plugin="low_level_zero", zero_stage=stage, world_size=4)
         assert states == pytest.approx([2, 0.5 + exchanged, 1, 2])
@@ -187,6 +187,25 @@ def test_gemini_moves_optimizer_states_to_the_host_by_their_share() -> None:
     assert masters == pytest.approx([4, 2 - 4 * 0.5 * 64 * 2**20 / shape_of("1.3b").num_params])
     assert predicted[0].total_bytes > predicted[1].total_bytes > predicted[2].total_bytes
     assert predicted[0].host_bytes < predicted[1].host_bytes < predicted[2].host_bytes
+
+
+@pytest.mark.parametrize("plugin", ["low_level_zero", "gemini"])
+def test_no_rank_holds_a_large_model_in_fp32_where_it_can_be_cast_as_it_is_drawn(plugin: str) -> None:
+    sizes = {"plugin": plugin, "precision": "bf16", "num_params": int(30e9), "limit_bytes": 139 * GIB}
+    assert planner.weights_place(**sizes, world_size=4) == "cast"
+    assert planner.weights_place(**sizes, world_size=1) == "host"
+    assert planner.weights_place(**{**sizes, "precision": "fp32"}, world_size=4) == "host"
+    assert planner.weights_place(**{**sizes, "num_params": int(66e9)}, world_size=4) == "host"
+    drawn, read = (
+        plan(request_of("30b", plugin, world_size=4, processes_per_host=4, gpu_gib=139, random_weights=random))
+        for random in (True, False)
+    )
+    assert read.host_bytes - drawn.host_bytes > 4 * 3.9 * shape_of("30b").num_params
+
+
+def test_weights_stay_where_they_are_drawn_if_there_is_room() -> None:
+    assert planner.weights_place("torch_ddp", "bf16", int(1e9), 4, 80 * GIB) == "device"
+    assert planner.weights_place("torch_ddp", "bf16", int(30e9), 4, 80 * GIB) == "host"
 
 
 def test_gemini_needs_all_master_weights_on_the_device_while_it_is_built() -> None:

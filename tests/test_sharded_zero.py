@@ -1,5 +1,6 @@
 """LowLevelZero on several ranks: our buckets, the host and the backward pass train like the plain loop."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch import nn
 import planner
 import scaling
 from colossal_ext import local_zero, sharded_zero
-from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, ShardedZeroPlugin, _parts
+from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, ShardedZeroPlugin, _parts, keep_share
 from conftest import ROOT
 from zero_runs import (
     CLIPPED,
@@ -113,6 +114,18 @@ def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch):
     assert [each.tolist() for each in made] == [[1, 2, 101, 102], [5, 6, 105]]
 
 
+def test_weights_cast_as_they_are_drawn_give_the_same_share_and_parameter():
+    made = nn.Linear(3, 3)
+    kept = copy.deepcopy(made)
+    keep_share(kept, rank=1, num_ranks=2, dtype=torch.bfloat16)
+    assert kept.weight.dtype == torch.bfloat16
+    buckets = [Bucket(list(each.parameters()), on_host=False, rank=1, num_ranks=2) for each in (made, kept)]
+    for bucket in buckets:
+        bucket.take(torch.empty(bucket.numel), torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(buckets[0].masters, buckets[1].masters) and buckets[0].masters.dtype == torch.float32
+    assert torch.equal(made.weight, kept.weight) and torch.equal(made.bias, kept.bias)
+
+
 def test_shares_of_several_micro_batches_add_up_and_a_missing_gradient_is_known(monkeypatch):
     Exchange(monkeypatch)
     made = parameters(2, 2)
@@ -179,6 +192,7 @@ def test_an_option_of_buckets_that_are_not_there_is_refused():
 
 
 def test_the_planner_counts_the_buckets_that_there_are():
-    assert planner.FLUSH_ELEMENTS == local_zero.FLUSH_NUMEL == sharded_zero.BUCKET_NUMEL
+    assert planner.FLUSH_ELEMENTS == local_zero.FLUSH_NUMEL
+    assert planner.EXCHANGE_ELEMENTS == sharded_zero.BUCKET_NUMEL
     assert planner.BUCKETS == sharded_zero.BUCKETS and planner.EXCHANGES == sharded_zero.MAX_IN_FLIGHT + 1
     assert scaling.ZERO_BUCKET_BYTES == 2 * sharded_zero.BUCKET_NUMEL
