@@ -20,8 +20,10 @@ GIB = 2**30
 # buffers between several ranks, an estimate.
 CUDA_BYTES = int(1.3 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
-# HybridParallelPlugin's groups for each axis, which one rank has too: measured on an H100.
+# HybridParallelPlugin's groups for each axis, which one rank has too: measured on an H100. NCCL's memory for each of them
+# that connects ranks: tp 2, tp 2 x dp 2 and tp 2 x pp 2 held 2.43, 2.91 and 3.34 GiB in all on H200 (2026-11-27).
 HYBRID_GROUPS_BYTES = int(0.38 * GIB)
+GROUP_BYTES = int(0.42 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.5 to
 # 1.9 GiB measured on an H200, without what writing a checkpoint takes; until it compiles, 1.1 to 1.3.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
@@ -502,6 +504,8 @@ def _stage_activations(request: PlanRequest, tokens: int, *, in_flight: int, has
     # The final LayerNorm keeps its input and, for the head, its output.
     head = per_input + request.item_bytes * shape.embed_dim if has_head else 0
     logit_bytes = COMPILED_LOGIT_BYTES if request.compiled else EAGER_LOGIT_BYTES
+    if request.tp > 1:  # colossal_ext/vocab_parallel.py: the logits and their gradients
+        logit_bytes = 2 * request.item_bytes
     # The largest gradients of a layer: those of relu's output and of its input.
     gradients = 2 * request.item_bytes * shape.ffn_width // request.tp
     recomputed = per_layer - per_input if checkpointed == shape.num_layers else 0
@@ -537,7 +541,7 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
         master_weights=states.master_weights,
         optimizer_moments=states.moments,
         communication_buffers=states.communication,
-        framework=0 if request.on_cpu else framework_bytes(request.plugin, request.world_size),
+        framework=0 if request.on_cpu else framework_bytes(request.plugin, request.world_size, request.tp, request.pp),
     )
     at_loss = replace(fixed, gradients=states.kept_gradients, activations=activations.saved, logits=activations.logits)
     first_layer = replace(at_loss, activations=activations.saved + activations.first_layer, logits=0)
@@ -555,10 +559,14 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
     }
 
 
-def framework_bytes(plugin: str, world_size: int) -> int:
+def framework_bytes(plugin: str, world_size: int, tp: int = 1, pp: int = 1) -> int:
     """Return a GPU's bytes that its allocator does not see: CUDA context, loaded kernels, NCCL."""
-    groups = HYBRID_GROUPS_BYTES if plugin == "hybrid_parallel" else 0
-    return CUDA_BYTES + groups + (NCCL_BYTES if world_size > 1 else 0)
+    outside = CUDA_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+    if plugin != "hybrid_parallel":
+        return outside
+    # Beside the world's: tp, dp, the neighbours in a pipeline, and its ends, which share the embedding.
+    num_groups = (tp > 1) + (world_size > tp * pp) + 2 * (pp > 1)
+    return outside + HYBRID_GROUPS_BYTES + num_groups * GROUP_BYTES
 
 
 def weights_place(plugin: str, precision: str, num_params: int, world_size: int, limit_bytes: int | None) -> str:

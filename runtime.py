@@ -28,7 +28,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from args import ConfigError
-from planner import framework_bytes
 
 log = logging.getLogger("clm")
 
@@ -152,13 +151,12 @@ def current_runtime() -> Runtime:
     )
 
 
-def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float = 0.0, plugin: str = "") -> None:
+def start_process_group(runtime: Runtime, *, timeout_s: int, allocator_bytes: float | None = None) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs, through a free port when torchrun is absent.
 
     Args:
         timeout_s: seconds a collective may wait for another rank.
-        mem_cap_gb: cap on this rank's GPU memory in GB (10^9 bytes); 0: none. The allocator keeps to it less what the
-            planner sets aside for the CUDA context, loaded kernels and this plugin's NCCL, which it does not see.
+        allocator_bytes: what tensors may take of this rank's GPU; None: all of it.
     """
     if dist.is_initialized():  # several runs in one process
         return
@@ -174,10 +172,9 @@ def start_process_group(runtime: Runtime, *, timeout_s: int, mem_cap_gb: float =
         rendezvous = {}
     if not runtime.on_cpu:
         torch.cuda.set_device(runtime.device)
-        if mem_cap_gb:
+        if allocator_bytes is not None:
             total_bytes = torch.cuda.get_device_properties(runtime.device).total_memory
-            room_bytes = max(0.0, mem_cap_gb * 1e9 - framework_bytes(plugin, runtime.world_size))
-            torch.cuda.set_per_process_memory_fraction(min(1.0, room_bytes / total_bytes))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allocator_bytes) / total_bytes))
         rendezvous["device_id"] = runtime.device
     backend = "gloo" if runtime.on_cpu else "nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **rendezvous)

@@ -24,10 +24,17 @@ PLUGIN_SPEED = {
 }
 # low_level_zero and gemini in fp16 or fp32, or on a CPU. Estimate.
 OTHER_ZERO_SPEED = 0.8
-# Forward and backward on several GPUs, where torch_ddp loses least: with the update, of which each rank has a share, 1.3b,
-# batch 8 x 1024, then takes what it took on four H200 beside torch_ddp in the same call (2026-11-27: 199,842 tokens/s to
-# 202,909, and gemini's 196,005 to 210,600).
-EXCHANGE_SPEED = {"low_level_zero": 0.89, "gemini": 0.87}
+# Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200 (2026-11-27). torch_ddp by its
+# own 211,925 tokens/s there and 59,230 on one; the others so that with the update, of which each rank may have a share, they
+# take what they took beside torch_ddp in the same call: low_level_zero 243,692 to 211,925, gemini 193,136 to 211,190,
+# hybrid_parallel with tp 2 165,020 to 210,600.
+EXCHANGE_SPEED = {
+    "torch_ddp": 0.886,
+    "torch_ddp_fp16": 0.886,
+    "low_level_zero": 0.927,
+    "gemini": 0.763,
+    "hybrid_parallel": 0.664,
+}
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
 # where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most. Half as
 # much more on another host.
@@ -154,5 +161,5 @@ def _plugin_speed(work: Work) -> float:
     if work.plugin in ("low_level_zero", "gemini") and not work.at_best:
         factor *= OTHER_ZERO_SPEED
     if work.exchanges:
-        factor *= EXCHANGE_SPEED.get(work.plugin, 1.0)
+        factor *= EXCHANGE_SPEED[work.plugin]
     return factor * (BACKWARD_STEP_SPEED if work.step_in_backward else 1.0)

@@ -338,7 +338,9 @@ class Engine:
             return outputs.loss * self.num_microbatches * (1.0 if scale is None else scale)
 
         optimizer = None if scale is None else self.optimizer
-        self.booster.execute_pipeline(_once(batch), self.model, criterion, optimizer, return_loss=True)
+        # Upstream copies each micro-batch to the device by itself, and the host would wait for every copy.
+        rows = _to_device(batch, self.runtime.device)
+        self.booster.execute_pipeline(_once(rows), self.model, criterion, optimizer, return_loss=True)
         return self._counted(total)
 
 

@@ -123,7 +123,9 @@ def run(args: TrainArgs, process: Runtime) -> int:
         return export(args, Path(args.export))
     args = settle_resume(args)
     job, tokenizer = prepare(args, process)
-    runtime.start_process_group(process, timeout_s=args.ddp_timeout, mem_cap_gb=args.mem_cap, plugin=job.args.plugin)
+    runtime.start_process_group(
+        process, timeout_s=args.ddp_timeout, allocator_bytes=allocator_bytes(job.args, process.world_size)
+    )
     import recorder
     import watchdog
 
@@ -131,6 +133,15 @@ def run(args: TrainArgs, process: Runtime) -> int:
         folder = agree_on_folder(job.args, process)
         with locked(folder, process):
             return guarded(args, job, recorder.Recorder(job, folder), tokenizer, pulse)
+
+
+def allocator_bytes(args: TrainArgs, world_size: int) -> float | None:
+    """Return what `--mem_cap` leaves a GPU's tensors beside what the allocator does not see; None without a cap."""
+    from planner import framework_bytes
+
+    if not args.mem_cap:
+        return None
+    return args.mem_cap * 1e9 - framework_bytes(args.plugin, world_size, args.tp, args.pp)
 
 
 def settle_resume(args: TrainArgs) -> TrainArgs:

@@ -1,7 +1,8 @@
-"""Break real runs of `tiny` on two CPU processes in every way we could think of, and write the table of what was lost.
+"""Break real runs of `tiny` on two processes in every way we could think of, and write the table of what was lost.
 
     python -m benchmarks.faults                    # every fault, 20 of them a SIGKILL: about 10 minutes on two cores
     python -m benchmarks.faults --only sigkill     # the faults whose name contains a word
+    python -m benchmarks.faults --ranks 4 --times 1  # on a machine with GPUs: on four of them, each fault once
 
 Each run starts through run_clm_synthetic.sh, as a user starts it. After a fault the run is resumed from `last`, and its
 remaining losses must be bit for bit those of a run that nobody disturbed. Needs Linux (/proc); a full disk and a
@@ -28,7 +29,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,9 +104,12 @@ class Run:
 
     Args:
         folder: its --output_dir.
+        num_ranks: of every run.
         planted: source of a sitecustomize.py for every Python of the run.
         max_restarts: how often torchrun may start the ranks again.
     """
+
+    num_ranks: ClassVar[int] = 2
 
     def __init__(self, folder: Path, *flags: str, planted: str = "", max_restarts: int = 0) -> None:
         self.folder = folder
@@ -113,7 +117,8 @@ class Run:
         # Beside the folder: the disk under it may be full.
         self._scratch = Path(tempfile.mkdtemp(prefix="faults-"))
         (self._scratch / "sitecustomize.py").write_text(planted)
-        command = ["bash", str(ROOT / "run_clm_synthetic.sh"), "2", "0", "tiny", "2", *FLAGS.split(), *flags]
+        launcher = ["bash", str(ROOT / "run_clm_synthetic.sh"), "2", "0", "tiny", str(self.num_ranks)]
+        command = [*launcher, *FLAGS.split(), *flags]
         with open(self._scratch / "output", "w") as output:
             self.process = subprocess.Popen(
                 [*command, "--output_dir", str(folder)],
@@ -129,7 +134,9 @@ class Run:
     def _environment(self, is_planted: bool) -> dict[str, str]:
         name, value = self._mark.split("=")
         own = {"SKIP_SETUP": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", name: value}
-        return os.environ | own | ({"PYTHONPATH": str(self._scratch)} if is_planted else {})
+        if is_planted:
+            own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self._scratch), os.environ.get("PYTHONPATH")]))
+        return os.environ | own
 
     def processes(self) -> dict[int, dict[str, str]]:
         """Return the environment of each process of this run that is alive."""
@@ -349,7 +356,7 @@ def sigkills(bench: Bench, plugin: str, number: int) -> list[Trial]:
 def sigkill(bench: Bench, run: Run, index: int, *, in_training: bool) -> tuple[str, str]:
     """Kill a random rank at a random moment of the `index`-th window of steps; return the fault, and where it hit."""
     # After the first save: a run without any checkpoint starts anew.
-    first, rank = SAVE_STEPS + 5 * index, bench.draw.randrange(2)
+    first, rank = SAVE_STEPS + 5 * index, bench.draw.randrange(Run.num_ranks)
     steps = range(first, first + 5)
     if in_training:
         step = bench.draw.choice(steps[1:])
@@ -392,7 +399,7 @@ def kill(run: Run, rank: int, delay_s: float) -> float:
 
 def sigkill_with_restart(bench: Bench, number: int) -> Trial:
     """Kill a rank of a run that may be restarted: it goes on by itself."""
-    plugin, rank = PLUGINS[number % len(PLUGINS)], bench.draw.randrange(2)
+    plugin, rank = PLUGINS[number % len(PLUGINS)], bench.draw.randrange(Run.num_ranks)
     run = Run(bench.new_folder(), *plugin.split(), max_restarts=1)
     run.wait_for_step(SAVE_STEPS + 2)
     kill(run, rank, bench.draw.uniform(0, 0.03))
@@ -567,14 +574,18 @@ def rank_raises(bench: Bench, number: int) -> Trial:
 
 def sigstop_of_a_rank(bench: Bench, number: int) -> Trial:
     """Stop a rank at a random moment: it neither works nor dies, nor does SIGTERM reach it."""
-    plugin, rank = PLUGINS[number % len(PLUGINS)], bench.draw.randrange(2)
+    plugin, rank = PLUGINS[number % len(PLUGINS)], bench.draw.randrange(Run.num_ranks)
     run = Run(bench.new_folder(), *plugin.split(), "--hang_timeout", str(HANG_TIMEOUT_S))
     run.wait_for_step(SAVE_STEPS + 2)
     pid = run.rank(rank)
     run.since = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
     ended = run.finish()
-    says = (f"error: rank {rank} of 2 (host ", f"pid {pid}) has not answered for {HANG_TIMEOUT_S} s", "T (stopped)")
+    says = (
+        f"error: rank {rank} of {Run.num_ranks} (host ",
+        f"pid {pid}) has not answered for {HANG_TIMEOUT_S} s",
+        "T (stopped)",
+    )
     problems = [f"does not say {text!r}:\n{ended.output}" for text in says if text not in ended.output]
     if ended.output.count(", line ") < 2:
         problems.append(f"shows no stacks:\n{ended.output}")
@@ -600,7 +611,7 @@ def slow_rank(bench: Bench, number: int) -> Trial:
     plugin = PLUGINS[number % 2]
     run = Run(bench.new_folder(), *plugin.split(), planted=planted)
     ended = run.finish(START_LIMIT_S)
-    problems = list(end_problems(ended, [0], "rank 1 of 2 is slow: "))
+    problems = list(end_problems(ended, [0], f"rank 1 of {Run.num_ranks} is slow: "))
     if ended.output.count(" is slow: ") != 1:
         problems.append(f"does not say so once:\n{ended.output}")
     fault, how = "a slow rank", f"{plugin}, rank 1"
@@ -755,6 +766,8 @@ def print_trial(trial: Trial) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORD", help="faults whose name contains this; off: all")
+    parser.add_argument("--ranks", type=int, default=2, help="of every run, on the CPU or one a GPU (default: 2)")
+    parser.add_argument("--times", type=int, default=99, help="how often each fault is tried at most; off: as planned")
     parser.add_argument("--seed", type=int, default=0, help="decides the random moments")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "faults", help="folder of the table")
     return parser.parse_args()
@@ -763,7 +776,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Inject the faults, write the table, and return the exit code."""
     args, started = parse_args(), time.monotonic()
-    chosen = {fault: times for fault, times in FAULTS.items() if args.only in fault.__name__}
+    Run.num_ranks = args.ranks
+    chosen = {fault: min(times, args.times) for fault, times in FAULTS.items() if args.only in fault.__name__}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), random.Random(args.seed))
         trials = run_kills(bench) if args.only in "sigkill" else []

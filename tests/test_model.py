@@ -7,9 +7,9 @@ from transformers import OPTForCausalLM
 from args import ConfigError, TrainArgs
 from model import (
     build_model,
-    draw_weights,
     check_first_loss,
     count_targets,
+    draw_weights,
     find_model,
     layout_problems,
     learning_rate,
