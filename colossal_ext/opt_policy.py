@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from colossalai.pipeline.stage_manager import PipelineStageManager
-from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row, VocabParallelEmbedding1D, VocabParallelLMHead1D
+from colossalai.shardformer.layer import VocabParallelEmbedding1D, VocabParallelLMHead1D
 from colossalai.shardformer.policies.base_policy import ModulePolicyDescription, Policy, SubModuleReplacementDescription
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -19,6 +19,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoder, OPTDecoderLayer
 
+from .parallel_linear import (
+    ColumnParallelLinear,
+    CopyingColumnParallelLinear,
+    RowParallelLinear,
+    copied_to_ranks,
+)
 from .vocab_parallel import vocab_parallel_nll_sum
 
 StageIndex = tuple[int, int]
@@ -114,13 +120,14 @@ class OPTCausalLMPolicy(Policy):
         return {
             OPTAttention: ModulePolicyDescription(
                 attribute_replacement=local_shape,
+                method_replacement={"forward": _attention_forward},
                 sub_module_replacement=[
-                    *(replace(name, Linear1D_Col) for name in ("q_proj", "k_proj", "v_proj")),
-                    replace("out_proj", Linear1D_Row),
+                    *(replace(name, ColumnParallelLinear) for name in ("q_proj", "k_proj", "v_proj")),
+                    replace("out_proj", RowParallelLinear),
                 ],
             ),
             OPTDecoderLayer: ModulePolicyDescription(
-                sub_module_replacement=[replace("fc1", Linear1D_Col), replace("fc2", Linear1D_Row)]
+                sub_module_replacement=[replace("fc1", CopyingColumnParallelLinear), replace("fc2", RowParallelLinear)]
             ),
             OPTDecoder: ModulePolicyDescription(
                 sub_module_replacement=[replace("embed_tokens", VocabParallelEmbedding1D, vocab)]
@@ -170,6 +177,11 @@ class OPTCausalLMPolicy(Policy):
             return []
         copies = {0: self.model.model.decoder.embed_tokens.weight, stages.num_stages - 1: self.model.lm_head.weight}
         return [copies]
+
+
+def _attention_forward(self: OPTAttention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Compute this rank's heads: the forward of OPTAttention."""
+    return OPTAttention.forward(self, copied_to_ranks(hidden_states, self.q_proj.process_group), *args, **kwargs)
 
 
 def _sharded_loss(group: Any, logits: Tensor, labels: Tensor, vocab_size: int | None = None, **kwargs: Any) -> Tensor:

@@ -1,9 +1,14 @@
+import gc
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from args import TrainArgs
-from trainer import Evaluation, _groups, plan_schedule
+from checkpoint import Progress
+from strategy import Engine
+from trainer import FIRST_STEPS, Evaluation, Hooks, Schedule, StepResult, Trainer, _groups, plan_schedule
 
 
 def test_epochs_decide_the_length_unless_steps_are_given():
@@ -20,3 +25,26 @@ def test_the_last_group_of_an_epoch_may_be_shorter():
 def test_perplexity_is_the_exponential_of_the_mean_loss():
     assert Evaluation(math.log(50.0), 7).perplexity == pytest.approx(50.0)
     assert Evaluation(1e9, 7).perplexity == math.inf
+
+
+def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_the_end(monkeypatch):
+    args, process = TrainArgs(save_strategy="no"), SimpleNamespace(on_cpu=True)
+    engine = SimpleNamespace(args=args, runtime=process, optimizer=None, booster=None)
+    frozen = []
+    hooks = Hooks(on_step=lambda result: frozen.append(gc.get_freeze_count()))
+    loop = Trainer(engine, SimpleNamespace(number=0), hooks, Progress())
+
+    def train_step(rows):
+        loop.progress = replace(loop.progress, step=loop.progress.step + 1)
+        return StepResult(loop.progress.step, 1.0, None, 1e-3, 1, 1, 1.0)
+
+    class Batches(list):
+        sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    try:
+        loop._train_epoch(Batches(range(4)), Schedule(1, 4), SimpleNamespace(disable=True))
+        assert FIRST_STEPS == 2 and frozen[:2] == [0, 0] and min(frozen[2:]) > 10_000
+    finally:
+        Engine.close(engine)
+    assert gc.get_freeze_count() == 0
