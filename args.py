@@ -75,7 +75,7 @@ class TrainArgs:
     zero_stage: int | None = flag("parallelism", None, "ZeRO stage: 1, 2 (low_level_zero; off: 1; 2 matters to gradients that accumulate) or 0, 1, 2 (hybrid_parallel; off: 0)", type=int, choices=(0, 1, 2))
     tp: int = flag("parallelism", 1, "hybrid_parallel: GPUs that share each layer", type=int)
     pp: int = flag("parallelism", 1, "hybrid_parallel: pipeline stages", type=int)
-    num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: as many as divide it, up to 4 a stage", type=int)
+    num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: the fastest, by expectation, of 1 to 4 a stage", type=int)
     pp_schedule: str = flag("parallelism", "1f1b", "hybrid_parallel: pipeline schedule", choices=("1f1b", "interleaved"))
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
     offload_optim_frac: float = flag("parallelism", 0.0, "low_level_zero and gemini: share of optimizer states kept on the host, 0 to 1", type=float)
@@ -314,8 +314,14 @@ def _pipeline_problems(args: TrainArgs) -> list[str]:
 
 
 def pipeline_microbatches(args: TrainArgs) -> int:
-    """Return the pipeline's micro-batches a batch: the flag, or the most that divides the batch, up to 4 a stage."""
+    """Return the pipeline's micro-batches a batch: the flag, or the most of `microbatch_choices`."""
+    return microbatch_choices(args)[-1]
+
+
+def microbatch_choices(args: TrainArgs) -> list[int]:
+    """Return the numbers of micro-batches open to choice: the flag alone, or what divides the batch, 1 to 4 a stage."""
     if args.num_microbatches:
-        return args.num_microbatches
+        return [args.num_microbatches]
     step = args.pp if args.pp_schedule == "interleaved" else 1
-    return max(n for n in range(args.pp, 4 * args.pp + 1, step) if args.train_batch_size % n == 0)
+    numbers = range(args.pp, 4 * args.pp + 1, step)
+    return [number for number in numbers if args.train_batch_size % number == 0]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from args import TrainArgs, pipeline_microbatches, problems
+from args import TrainArgs, microbatch_choices, problems
 from opt_sizes import OPTShape
 from speed import StepTime, Work, step_time
 
@@ -629,6 +629,7 @@ class Choice:
     Args:
         precision: bf16, fp16 or fp32.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
+        num_microbatches: of a pipeline, 1 without.
         reason: one line: what was chosen and why.
         fits: False where no setting is predicted to fit; the smallest is then chosen.
         step_time: expected, for comparing only (speed.py).
@@ -642,6 +643,7 @@ class Choice:
     step_in_backward: bool
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    num_microbatches: int
     reason: str
     plan: Plan
     step_time: StepTime
@@ -664,8 +666,8 @@ def resolve_auto(
 ) -> Choice:
     """Return the setting that is expected to be fastest of those predicted to fit; flags that are given stand.
 
-    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass and, with
-    `--plugin auto`, micro-batches that keep the global batch. Of equally fast settings the simplest is taken. On a CPU
+    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, a pipeline's
+    micro-batches and, with `--plugin auto`, those that keep the global batch. Of equally fast settings the simplest is taken. On a CPU
     without a cap nothing limits the "device": torch_ddp without recompute.
 
     Args:
@@ -745,7 +747,8 @@ def work(request: PlanRequest) -> Work:
         host_parameters=request.offload_param_frac * states,
         step_in_backward=request.step_in_backward,
         replica_size=replica,
-        bubble=(request.pp - 1) / request.num_microbatches,
+        stages=request.pp,
+        pieces=request.num_microbatches,
     )
 
 
@@ -785,7 +788,7 @@ def _requests(
         precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
         zero_stage = args.zero_stage if args.zero_stage is not None else int(setting.plugin == "low_level_zero")
         is_pipeline = setting.plugin == "hybrid_parallel" and args.pp > 1
-        yield PlanRequest(
+        request = PlanRequest(
             shape=shape,
             plugin=setting.plugin,
             precision=precision,
@@ -795,7 +798,6 @@ def _requests(
             zero_stage=zero_stage,
             tp=args.tp,
             pp=args.pp,
-            num_microbatches=pipeline_microbatches(args) if is_pipeline else 1,
             accumulation_steps=args.gradient_accumulation_steps,
             offload_optim_frac=setting.offload_optim_frac,
             offload_param_frac=setting.offload_param_frac,
@@ -805,6 +807,8 @@ def _requests(
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
+        for number in reversed(microbatch_choices(args)) if is_pipeline else [1]:
+            yield replace(request, num_microbatches=number)
 
 
 def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool) -> Iterator[_Setting]:
@@ -905,6 +909,8 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
     if request.step_in_backward:
         what.append("updated in the backward pass")
+    if request.num_microbatches > 1:
+        what.append(f"{request.num_microbatches} micro-batches")
     what.append(_recompute_text(request))
     rows = request.batch_size // args.replica_size
     if chosen.is_split:
@@ -921,6 +927,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         step_in_backward=request.step_in_backward,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=request.accumulation_steps,
+        num_microbatches=request.num_microbatches,
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
         plan=chosen.plan,
         step_time=chosen.step_time,

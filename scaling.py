@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import report
 from planner import GIB, ModelShape, Plan, PlanRequest, plan, stage_params
+from speed import EAGER_LAYER_S
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
 ORIGIN = (
@@ -34,9 +35,6 @@ EAGER_SHARE = 0.5
 # Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: DDP of 1.3b on 2 and 4 H200, and
 # LowLevelZero of 6.7b on 4 (2026-11-27).
 BESIDE_NCCL = 1.13
-# The host launches forward and backward of a layer that is not compiled, for each micro-batch of a pipeline: 1.3b under
-# tp 2 x pp 2 on four H200 (2026-11-27).
-EAGER_LAYER_S = 3.8e-3
 HBM_BYTES_S = 0.9 * 3.35e12  # data sheet; 0.9 of it: ASSUMPTION
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
@@ -297,16 +295,18 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
         for stage in stages:
             for tp, pp in layouts:
                 rows = job.rows * tp * pp
-                yield replace(
+                setting = replace(
                     base,
                     batch_size=rows,
                     zero_stage=stage,
                     tp=tp,
                     pp=pp,
-                    num_microbatches=max(n for n in range(1, 4 * pp + 1) if rows % n == 0) if pp > 1 else 1,
                     checkpointed_layers=recomputed,
                     compiled=tp == pp == 1,
                 )
+                for number in range(pp, 4 * pp + 1) if pp > 1 else [1]:
+                    if rows % number == 0:
+                        yield replace(setting, num_microbatches=number)
 
 
 def _layouts(shape: ModelShape, machines: Machines) -> Iterator[tuple[int, int]]:

@@ -316,6 +316,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         step_in_backward="on" if choice.step_in_backward else "off",
         per_device_train_batch_size=choice.per_device_train_batch_size,
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        num_microbatches=choice.num_microbatches if args.pp > 1 else 0,
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
