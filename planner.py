@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
-from args import TrainArgs, microbatch_choices, problems
+from args import TrainArgs, microbatch_choices, pipeline_microbatches, problems
 from opt_sizes import OPTShape
 from speed import StepTime, Work, step_time
 
@@ -58,13 +58,15 @@ BUCKETS = 8  # an exchange has this share of the parameters at most
 SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
 
+Place = Literal["device", "host", "cast"]
+
 # The flags that `auto` can decide and that advice has to name.
 AUTO_FLAGS = (
     "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_microbatches",
 )  # fmt: skip
 # What else a plugin may have been given, and another one would refuse.
-LAYOUT_FLAGS = ("tp", "pp", "num_microbatches", "pp_schedule", "placement")
+LAYOUT_FLAGS = ("tp", "pp", "pp_schedule", "placement")
 # Where memory ran out, advice leaves this much more of it free than a plan does.
 OOM_ROOM = 0.9
 OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
@@ -419,7 +421,7 @@ def _gemini_states(request: PlanRequest) -> States:
         master_weights=int(4 * share * on_device),
         moments=int(8 * share * on_device),
         communication=communication,
-        built_parameters=2 * share + (2 * shape.num_params if _weights_place(request) == "cast" else 0),
+        built_parameters=max(2 * share, 2 * shape.num_params - 4 * share if _weights_place(request) == "cast" else 0),
         built_masters=4 * share,
         offloaded=int((12 + sixteen_bit) * share * offloaded),
     )
@@ -569,8 +571,8 @@ def framework_bytes(plugin: str, world_size: int, tp: int = 1, pp: int = 1) -> i
     return outside + HYBRID_GROUPS_BYTES + num_groups * GROUP_BYTES
 
 
-def weights_place(plugin: str, precision: str, num_params: int, world_size: int, limit_bytes: int | None) -> str:
-    """Return where random weights drawn on a GPU wait for the plugin: "device", "host", or "cast" on the device.
+def weights_place(plugin: str, precision: str, num_params: int, world_size: int, limit_bytes: int | None) -> Place:
+    """Return where random weights drawn on a GPU wait for the plugin: there, on the host, or there but cast.
 
     Cast they have the form that the plugin keeps: 16 bits, and in LowLevelZero's case this rank's share in fp32.
     """
@@ -578,13 +580,14 @@ def weights_place(plugin: str, precision: str, num_params: int, world_size: int,
         return "device"
     if precision == "fp32" or plugin not in ("gemini", "low_level_zero") or world_size == 1:
         return "host"
-    share = num_params // world_size
-    # Gemini builds 16-bit and fp32 chunks beside the parameters.
-    built = 2 * num_params + (6 if plugin == "gemini" else 4) * share
-    return "cast" if built <= CAST_ROOM * (limit_bytes or 0) else "host"
+    share, whole = num_params // world_size, 2 * num_params
+    # Each parameter that enters one of Gemini's 16-bit and fp32 chunks leaves its own memory.
+    built = max(whole, 6 * share) if plugin == "gemini" else whole + 4 * share
+    room = CAST_ROOM * ((limit_bytes or 0) - framework_bytes(plugin, world_size))
+    return "cast" if built <= room else "host"
 
 
-def _weights_place(request: PlanRequest) -> str:
+def _weights_place(request: PlanRequest) -> Place:
     if not request.random_weights:
         return "host"
     return weights_place(
@@ -629,7 +632,7 @@ class Choice:
     Args:
         precision: bf16, fp16 or fp32.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
-        num_microbatches: of a pipeline, 1 without.
+        num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
         reason: one line: what was chosen and why.
         fits: False where no setting is predicted to fit; the smallest is then chosen.
         step_time: expected, for comparing only (speed.py).
@@ -666,8 +669,8 @@ def resolve_auto(
 ) -> Choice:
     """Return the setting that is expected to be fastest of those predicted to fit; flags that are given stand.
 
-    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, a pipeline's
-    micro-batches and, with `--plugin auto`, those that keep the global batch. Of equally fast settings the simplest is taken. On a CPU
+    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, the pieces of a
+    pipeline's micro-batch and, with `--plugin auto`, smaller micro-batches of the same global batch. Of equally fast settings the simplest is taken. On a CPU
     without a cap nothing limits the "device": torch_ddp without recompute.
 
     Args:
@@ -910,7 +913,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
     if request.step_in_backward:
         what.append("updated in the backward pass")
     if request.num_microbatches > 1:
-        what.append(f"{request.num_microbatches} micro-batches")
+        what.append(f"cut into {request.num_microbatches} pieces")
     what.append(_recompute_text(request))
     rows = request.batch_size // args.replica_size
     if chosen.is_split:
@@ -927,7 +930,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         step_in_backward=request.step_in_backward,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=request.accumulation_steps,
-        num_microbatches=request.num_microbatches,
+        num_microbatches=request.num_microbatches if request.pp > 1 else 0,
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
         plan=chosen.plan,
         step_time=chosen.step_time,
@@ -1136,6 +1139,13 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
     plugin, replicas = args.plugin, world_size // args.replica_size
     if args.precision == "fp32":
         yield {"precision": "bf16"}
+    more = [
+        number
+        for number in microbatch_choices(replace(args, num_microbatches=0))
+        if number > pipeline_microbatches(args)
+    ]
+    if args.pp > 1 and more:
+        yield {"num_microbatches": more[0]}
     if _fixed_layers(args.gradient_checkpointing, num_layers) < num_layers:
         yield {"gradient_checkpointing": "on"}
     divisor = _smallest_divisor(args.per_device_train_batch_size)

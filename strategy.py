@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from colossalai.booster import Booster
 
     from colossal_ext.states import Layout
+    from planner import Place
 
 # fp16 skips steps until the scale fits: 16 of them from LowLevelZero's own start, 2^32, and in the equivalence matrix
 # two from 2^16 on several ranks, whose own few rows have larger gradients than the whole batch, none on one.
@@ -316,7 +317,6 @@ class Engine:
             self.optimizer.close()
         self.model = self.optimizer = self.scheduler = self.plugin = None
         del self.booster
-        gc.unfreeze()  # trainer.py froze what is to go now, too
         gc.collect()
 
     def _counted(self, loss: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ def make_scheduler(optimizer: Optimizer, args: TrainArgs, num_steps: int) -> LRS
     return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
 
 
-def placing(where: str, args: TrainArgs, runtime: Runtime) -> Callable[[nn.Module], Any] | None:
+def placing(where: Place, args: TrainArgs, runtime: Runtime) -> Callable[[nn.Module], Any] | None:
     """Return what becomes of a module's weights as soon as they are drawn on a GPU: `planner.weights_place`."""
     if where == "device":
         return None

@@ -316,20 +316,32 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         step_in_backward="on" if choice.step_in_backward else "off",
         per_device_train_batch_size=choice.per_device_train_batch_size,
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
-        num_microbatches=choice.num_microbatches if args.pp > 1 else 0,
+        num_microbatches=choice.num_microbatches,
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
 
 
 def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:
-    """Return the output folder: the flag, or a name with rank 0's time. A collective."""
+    """Return the output folder: the flag, or a name with rank 0's time. A collective.
+
+    Raises:
+        RankFailure: what is `auto` came out otherwise on this rank than on rank 0; they would wait for each other.
+    """
     import torch.distributed as dist
 
+    from planner import AUTO_FLAGS
+    from runtime import RankFailure
+
     name = args.output_dir or f"outputs/{args.model_slug}-{args.plugin}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = [name]
-    dist.broadcast_object_list(names, src=0, device=process.device)
-    return Path(names[0])
+    ours = {flag: getattr(args, flag) for flag in AUTO_FLAGS}
+    words: list[Any] = [name, ours]
+    dist.broadcast_object_list(words, src=0, device=process.device)
+    name, theirs = words
+    if ours != theirs:
+        flags = [f"--{flag} {ours[flag]} and not {theirs[flag]}" for flag in AUTO_FLAGS if ours[flag] != theirs[flag]]
+        raise RankFailure(f"chose {', '.join(flags)}, as rank 0: its GPU or host has other memory; give the flags")
+    return Path(name)
 
 
 @contextmanager

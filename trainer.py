@@ -121,6 +121,7 @@ class Trainer:
         self._slow_ranks = SlowRanks(log.warning, engine.args.logging_steps)
         self._own_s = 0.0
         self._steps_done = 0
+        self._spared_collector = _SparedCollector()
         self._clock = time.perf_counter()
         self._saved_step = progress.step
 
@@ -130,7 +131,8 @@ class Trainer:
         Raises:
             NonFiniteLoss: on every rank, before a checkpoint holds the bad step.
         """
-        with logging_redirect_tqdm([log]), _progress_bar(schedule.num_steps, self.engine.runtime.is_main) as bar:
+        progress_bar = _progress_bar(schedule.num_steps, self.engine.runtime.is_main)
+        with logging_redirect_tqdm([log]), self._spared_collector, progress_bar as bar:
             bar.update(self.progress.step)
             while self.progress.step < schedule.num_steps and not self.interrupted:
                 self._train_epoch(batches, schedule, bar)
@@ -150,7 +152,7 @@ class Trainer:
             _show(bar, result)
             self._steps_done += 1
             if self._steps_done == FIRST_STEPS:
-                _spare_the_collector()
+                self._spared_collector.begin()
             if self.interrupted or (args.save_steps and result.step % args.save_steps == 0):
                 self._save()
             if self.interrupted:
@@ -307,14 +309,29 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def _spare_the_collector() -> None:
-    """Keep Python's garbage collector away from all that is there now.
+class _SparedCollector:
+    """Keeps Python's garbage collector away from all that is there at `begin`, until the block ends.
 
     With torch, transformers and ColossalAI imported a full collection takes 0.1 to 0.2 s, and comes on each rank at
-    another step, in which all the others wait. `Engine.close` takes this back.
+    another step, in which all the others wait. A process that has already frozen what it imported is left as it is.
     """
-    gc.collect()
-    gc.freeze()
+
+    def __init__(self) -> None:
+        self._has_begun = False
+
+    def begin(self) -> None:
+        if gc.get_freeze_count():
+            return
+        gc.collect()
+        gc.freeze()
+        self._has_begun = True
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        if self._has_begun:
+            gc.unfreeze()
+            self._has_begun = False
 
 
 def _progress_bar(num_steps: int, is_main: bool) -> tqdm:

@@ -329,7 +329,7 @@ def end_problems(ended: Ended, codes: Sequence[int], says: str = "") -> Iterator
 # --- the faults -------------------------------------------------------------------------------------------------------
 
 
-def sigkills(bench: Bench, plugin: str, number: int) -> list[Trial]:
+def sigkills(bench: Bench, plugin: str, number: int, times: int) -> list[Trial]:
     """Kill a run, resume it, kill that one too, and so on; the last one is left to end.
 
     Kills in training and in a save take turns, each at a random moment.
@@ -339,7 +339,7 @@ def sigkills(bench: Bench, plugin: str, number: int) -> list[Trial]:
     """
     folder, trials = bench.new_folder(), []
     run = Run(folder, *plugin.split())
-    for index in range(KILLS_A_RUN):
+    for index in range(times):
         fault, how = sigkill(bench, run, index, in_training=(index + number) % 2 == 0)
         ended, before = run.finish(), logged_losses(folder)
         run = Run(folder, *plugin.split(), "--resume_from_checkpoint", "last")
@@ -731,12 +731,12 @@ def row(trials: Sequence[Trial]) -> str:
     return f"| {trials[0].fault} | {len(trials)} | {codes} | {slowest_s:.1f} s | {orphans} | {most} | {kept} |"
 
 
-def run_kills(bench: Bench) -> list[Trial]:
-    """Return the trials of every plugin's run that was killed again and again."""
+def run_kills(bench: Bench, times: int) -> list[Trial]:
+    """Return the trials of every plugin's run that was killed as often."""
     trials: list[Trial] = []
     for number, plugin in enumerate(PLUGINS):
-        trials += sigkills(bench, plugin, number)
-        for trial in trials[-KILLS_A_RUN:]:
+        trials += sigkills(bench, plugin, number, times)
+        for trial in trials[-times:]:
             print_trial(trial)
     return trials
 
@@ -766,8 +766,9 @@ def print_trial(trial: Trial) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORD", help="faults whose name contains this; off: all")
-    parser.add_argument("--ranks", type=int, default=2, help="of every run, on the CPU or one a GPU (default: 2)")
-    parser.add_argument("--times", type=int, default=99, help="how often each fault is tried at most; off: as planned")
+    ranks = (2, 4, 8)  # tp 2 divides them
+    parser.add_argument("--ranks", type=int, choices=ranks, default=2, help="of every run, one a GPU or on the CPU")
+    parser.add_argument("--times", type=int, help="how often each fault is tried at most; off: as planned")
     parser.add_argument("--seed", type=int, default=0, help="decides the random moments")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "faults", help="folder of the table")
     return parser.parse_args()
@@ -777,15 +778,22 @@ def main() -> int:
     """Inject the faults, write the table, and return the exit code."""
     args, started = parse_args(), time.monotonic()
     Run.num_ranks = args.ranks
-    chosen = {fault: min(times, args.times) for fault, times in FAULTS.items() if args.only in fault.__name__}
+    most = args.times or max(FAULTS.values())
+    chosen = {fault: min(times, most) for fault, times in FAULTS.items() if args.only in fault.__name__}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), random.Random(args.seed))
-        trials = run_kills(bench) if args.only in "sigkill" else []
+        trials = run_kills(bench, min(KILLS_A_RUN, args.times or KILLS_A_RUN)) if args.only in "sigkill" else []
         others, skipped = run_all(bench, chosen)
         trials += others
     seconds = time.monotonic() - started
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    content = {"seconds": seconds, "seed": args.seed, "skipped": skipped, "trials": [asdict(trial) for trial in trials]}
+    content = {
+        "seconds": seconds,
+        "ranks": args.ranks,
+        "seed": args.seed,
+        "skipped": skipped,
+        "trials": [asdict(trial) for trial in trials],
+    }
     (args.output_dir / "faults.json").write_text(json.dumps(content, indent=1) + "\n")
     (args.output_dir / "faults.md").write_text(table(trials, skipped) + "\n")
     print(f"\n{table(trials, skipped)}\n\n{len(trials)} faults in {seconds / 60:.0f} minutes")

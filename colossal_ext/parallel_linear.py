@@ -19,7 +19,7 @@ from torch.nn import functional
 
 
 def copied_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return `x`, whose gradient is the sum of the ranks'."""
+    """Return `x`, whose gradient is the sum of the ranks'. For matrix products alone: their gradient is overwritten."""
     return _CopiedToRanks.apply(x, group)
 
 

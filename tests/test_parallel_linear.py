@@ -11,7 +11,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 from transformers import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
@@ -69,9 +72,16 @@ def test_a_layer_computes_the_same_and_exchanges_twice_in_each_direction(group, 
     assert all_reduce.call_count == 4
 
 
-def test_a_layer_is_one_graph(group):
+def test_a_layer_is_one_graph_that_exchanges_twice_in_each_direction(group):
     (_, divided), (_, compiled) = layers(group), layers(group)
-    compiled.compile(backend="aot_eager", fullgraph=True)
+    exchanges = []
+
+    def count(graph: GraphModule, inputs: Any) -> Any:
+        exchanges.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    compiled.compile(backend=aot_autograd(fw_compiler=count), fullgraph=True)
     x = torch.randn(2, 8, 32)
     for ours, theirs in zip(output_and_gradients(compiled, x), output_and_gradients(divided, x), strict=True):
         torch.testing.assert_close(ours, theirs)
+    assert exchanges == [2, 2]

@@ -203,6 +203,32 @@ def test_no_rank_holds_a_large_model_in_fp32_where_it_can_be_cast_as_it_is_drawn
     assert read.host_bytes - drawn.host_bytes > 4 * 3.9 * shape_of("30b").num_params
 
 
+def test_weights_that_can_be_cast_do_not_make_a_setting_too_large() -> None:
+    small = {"offload_optim_frac": 1.0, "gpu_gib": 12}
+    drawn, read = (
+        plan(
+            request_of(
+                "2.7b", "gemini", batch_size=1, checkpointed_layers=32, world_size=4, **small, random_weights=each
+            )
+        )
+        for each in (True, False)
+    )
+    assert read.fits and drawn.fits
+
+
+def test_a_pipelines_pieces_are_chosen_and_named_where_memory_ran_out() -> None:
+    flags = {"plugin": "hybrid_parallel", "tp": 2, "pp": 2, "per_device_train_batch_size": 8}
+    assert choose("1.3b", world_size=4, **flags).num_microbatches == 4
+    assert choose("30b", world_size=4, **flags).num_microbatches == 8
+    assert choose("1.3b", world_size=4, num_microbatches=2, **flags).num_microbatches == 2
+    assert choose("1.3b", world_size=4, plugin="gemini").num_microbatches == 0
+    given = TrainArgs(**flags)
+    advice = planner.oom_advice(given, replace(given, num_microbatches=4), num_layers=24, world_size=4, on_cpu=False)
+    assert advice[0] == "--num_microbatches 8"
+    halved = next(line for line in advice if "per_device" in line)
+    assert "--num_microbatches 4" in halved
+
+
 def test_weights_stay_where_they_are_drawn_if_there_is_room() -> None:
     assert planner.weights_place("torch_ddp", "bf16", int(1e9), 4, 80 * GIB) == "device"
     assert planner.weights_place("torch_ddp", "bf16", int(30e9), 4, 80 * GIB) == "host"

@@ -1,12 +1,17 @@
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import strategy
+import train_clm
 from args import PLUGINS, TrainArgs
 from model import build_model, find_model
+from planner import framework_bytes
+from runtime import RankFailure
 from strategy import PLUGIN_TABLE, Engine, resolve_compile, workload
 
 
@@ -62,3 +67,24 @@ def test_the_workload_counts_tied_weights_once_and_names_them_twice():
     facts = workload(model, varying_length=False)
     assert sum(facts.parameter_numels) == 3548672
     assert facts.parameter_shapes["lm_head.weight"] == facts.parameter_shapes["model.decoder.embed_tokens.weight"]
+
+
+def test_a_rank_that_chose_otherwise_than_rank_0_says_so_before_they_wait_for_each_other(monkeypatch):
+    args = TrainArgs(plugin="hybrid_parallel", pp=2, num_microbatches=8, output_dir="run")
+    process = SimpleNamespace(rank=1, device=torch.device("cpu"))
+
+    def broadcast(words, **_):
+        words[1] = {**words[1], "num_microbatches": number}
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    number = 8
+    assert train_clm.agree_on_folder(args, process) == Path("run")
+    number = 4
+    with pytest.raises(RankFailure, match="--num_microbatches 8 and not 4"):
+        train_clm.agree_on_folder(args, process)
+
+
+def test_a_cap_leaves_tensors_what_the_allocator_sees():
+    args = TrainArgs(plugin="hybrid_parallel", tp=2, mem_cap=16)
+    assert train_clm.allocator_bytes(args, 4) == 16e9 - framework_bytes("hybrid_parallel", 4, 2, 1) < 13e9
+    assert train_clm.allocator_bytes(TrainArgs(), 4) is None

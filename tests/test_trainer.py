@@ -7,7 +7,6 @@ import pytest
 
 from args import TrainArgs
 from checkpoint import Progress
-from strategy import Engine
 from trainer import FIRST_STEPS, Evaluation, Hooks, Schedule, StepResult, Trainer, _groups, plan_schedule
 
 
@@ -29,7 +28,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
 
 def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_the_end(monkeypatch):
     args, process = TrainArgs(save_strategy="no"), SimpleNamespace(on_cpu=True)
-    engine = SimpleNamespace(args=args, runtime=process, optimizer=None, booster=None)
+    engine = SimpleNamespace(args=args, runtime=process)
     frozen = []
     hooks = Hooks(on_step=lambda result: frozen.append(gc.get_freeze_count()))
     loop = Trainer(engine, SimpleNamespace(number=0), hooks, Progress())
@@ -42,9 +41,8 @@ def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_th
         sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    try:
+    gc.unfreeze()
+    with loop._spared_collector:
         loop._train_epoch(Batches(range(4)), Schedule(1, 4), SimpleNamespace(disable=True))
-        assert FIRST_STEPS == 2 and frozen[:2] == [0, 0] and min(frozen[2:]) > 10_000
-    finally:
-        Engine.close(engine)
+    assert FIRST_STEPS == 2 and frozen[:2] == [0, 0] and min(frozen[2:]) > 10_000
     assert gc.get_freeze_count() == 0
