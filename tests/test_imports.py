@@ -23,7 +23,7 @@ ALLOWED = {
     "speed": {"report"},
     "planner": {"args", "opt_sizes", "speed"},
     "placement": set(),
-    "scaling": {"planner", "report"},
+    "scaling": {"planner", "report", "speed"},
 }
 LOW = ("planner", "strategy", "model", "data", "checkpoint")
 TORCH_FREE = (
