@@ -322,6 +322,9 @@ def microbatch_choices(args: TrainArgs) -> list[int]:
     """Return the numbers of micro-batches open to choice: the flag alone, or what divides the batch, 1 to 4 a stage."""
     if args.num_microbatches:
         return [args.num_microbatches]
-    step = args.pp if args.pp_schedule == "interleaved" else 1
-    numbers = range(args.pp, 4 * args.pp + 1, step)
-    return [number for number in numbers if args.train_batch_size % number == 0]
+    return microbatch_numbers(args.train_batch_size, args.pp, interleaved=args.pp_schedule == "interleaved")
+
+
+def microbatch_numbers(rows: int, pp: int, *, interleaved: bool = False) -> list[int]:
+    """Return what divides the rows of a batch, 1 to 4 micro-batches a stage; interleaved: multiples of the stages."""
+    return [number for number in range(pp, 4 * pp + 1, pp if interleaved else 1) if rows % number == 0]

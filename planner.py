@@ -6,11 +6,11 @@ activations are derived tensor by tensor. What is only estimated says so and wai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from args import TrainArgs, microbatch_choices, pipeline_microbatches, problems
+from args import TrainArgs, microbatch_choices, microbatch_numbers, pipeline_microbatches, problems
 from opt_sizes import OPTShape
 from speed import StepTime, Work, step_time
 
@@ -21,7 +21,7 @@ GIB = 2**30
 CUDA_BYTES = int(1.3 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
 # HybridParallelPlugin's groups for each axis, which one rank has too: measured on an H100. NCCL's memory for each of them
-# that connects ranks: tp 2, tp 2 x dp 2 and tp 2 x pp 2 held 2.43, 2.91 and 3.34 GiB in all on H200 (2026-11-27).
+# that connects ranks: tp 2, tp 2 x dp 2 and tp 2 x pp 2 held 2.43, 2.91 and 3.35 GiB in all on H200 (2026-11-27).
 HYBRID_GROUPS_BYTES = int(0.38 * GIB)
 GROUP_BYTES = int(0.42 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.5 to
@@ -669,9 +669,9 @@ def resolve_auto(
 ) -> Choice:
     """Return the setting that is expected to be fastest of those predicted to fit; flags that are given stand.
 
-    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, the pieces of a
-    pipeline's micro-batch and, with `--plugin auto`, smaller micro-batches of the same global batch. Of equally fast settings the simplest is taken. On a CPU
-    without a cap nothing limits the "device": torch_ddp without recompute.
+    Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, the pieces of
+    a pipeline's micro-batch and, with `--plugin auto`, smaller micro-batches of the same global batch. Of equally fast
+    settings the simplest is taken. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
 
     Args:
         gpu_gib: memory of one GPU; None on a CPU.
@@ -810,8 +810,13 @@ def _requests(
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
-        for number in reversed(microbatch_choices(args)) if is_pipeline else [1]:
-            yield replace(request, num_microbatches=number)
+        yield from in_pieces(request, microbatch_choices(args)) if is_pipeline else [request]
+
+
+def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:
+    """Yield a pipeline's request with its batch cut into each of these numbers, off: all open to choice, most first."""
+    for number in reversed(numbers or microbatch_numbers(request.batch_size, request.pp)):
+        yield replace(request, num_microbatches=number)
 
 
 def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool) -> Iterator[_Setting]:
@@ -1139,13 +1144,10 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
     plugin, replicas = args.plugin, world_size // args.replica_size
     if args.precision == "fp32":
         yield {"precision": "bf16"}
-    more = [
-        number
-        for number in microbatch_choices(replace(args, num_microbatches=0))
-        if number > pipeline_microbatches(args)
-    ]
-    if args.pp > 1 and more:
-        yield {"num_microbatches": more[0]}
+    if args.pp > 1:
+        numbers = microbatch_choices(replace(args, num_microbatches=0))
+        if more := [number for number in numbers if number > pipeline_microbatches(args)]:
+            yield {"num_microbatches": more[0]}
     if _fixed_layers(args.gradient_checkpointing, num_layers) < num_layers:
         yield {"gradient_checkpointing": "on"}
     divisor = _smallest_divisor(args.per_device_train_batch_size)

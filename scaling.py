@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import report
-from planner import GIB, ModelShape, Plan, PlanRequest, plan, stage_params
+from planner import GIB, ModelShape, Plan, PlanRequest, in_pieces, plan, stage_params
 from speed import EAGER_LAYER_S
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
@@ -304,9 +304,7 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                     checkpointed_layers=recomputed,
                     compiled=tp == pp == 1,
                 )
-                for number in range(pp, 4 * pp + 1) if pp > 1 else [1]:
-                    if rows % number == 0:
-                        yield replace(setting, num_microbatches=number)
+                yield from in_pieces(setting) if pp > 1 else [setting]
 
 
 def _layouts(shape: ModelShape, machines: Machines) -> Iterator[tuple[int, int]]:

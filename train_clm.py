@@ -130,6 +130,7 @@ def run(args: TrainArgs, process: Runtime) -> int:
     import watchdog
 
     with watchdog.watching(process, args.hang_timeout) as pulse:
+        require_same_choice(job.args, process)
         folder = agree_on_folder(job.args, process)
         with locked(folder, process):
             return guarded(args, job, recorder.Recorder(job, folder), tokenizer, pulse)
@@ -322,26 +323,34 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
 
 
-def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:
-    """Return the output folder: the flag, or a name with rank 0's time. A collective.
+def require_same_choice(args: TrainArgs, process: Runtime) -> None:
+    """See that what is `auto` came out on this rank as on rank 0; they would wait for each other. A collective.
 
     Raises:
-        RankFailure: what is `auto` came out otherwise on this rank than on rank 0; they would wait for each other.
+        RankFailure: it did not.
     """
     import torch.distributed as dist
 
     from planner import AUTO_FLAGS
     from runtime import RankFailure
 
-    name = args.output_dir or f"outputs/{args.model_slug}-{args.plugin}-{time.strftime('%Y%m%d-%H%M%S')}"
     ours = {flag: getattr(args, flag) for flag in AUTO_FLAGS}
-    words: list[Any] = [name, ours]
-    dist.broadcast_object_list(words, src=0, device=process.device)
-    name, theirs = words
+    choices = [ours]
+    dist.broadcast_object_list(choices, src=0, device=process.device)
+    theirs = choices[0]
     if ours != theirs:
         flags = [f"--{flag} {ours[flag]} and not {theirs[flag]}" for flag in AUTO_FLAGS if ours[flag] != theirs[flag]]
         raise RankFailure(f"chose {', '.join(flags)}, as rank 0: its GPU or host has other memory; give the flags")
-    return Path(name)
+
+
+def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:
+    """Return the output folder: the flag, or a name with rank 0's time. A collective."""
+    import torch.distributed as dist
+
+    name = args.output_dir or f"outputs/{args.model_slug}-{args.plugin}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [name]
+    dist.broadcast_object_list(names, src=0, device=process.device)
+    return Path(names[0])
 
 
 @contextmanager

@@ -120,7 +120,6 @@ class Trainer:
         self._stopwatch = Stopwatch(on_cpu=engine.runtime.on_cpu)
         self._slow_ranks = SlowRanks(log.warning, engine.args.logging_steps)
         self._own_s = 0.0
-        self._steps_done = 0
         self._spared_collector = _SparedCollector()
         self._clock = time.perf_counter()
         self._saved_step = progress.step
@@ -150,9 +149,7 @@ class Trainer:
                 self.hooks.at_first_loss(result.loss)
             self.hooks.on_step(result)
             _show(bar, result)
-            self._steps_done += 1
-            if self._steps_done == FIRST_STEPS:
-                self._spared_collector.begin()
+            self._spared_collector.count_step()
             if self.interrupted or (args.save_steps and result.step % args.save_steps == 0):
                 self._save()
             if self.interrupted:
@@ -310,28 +307,29 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 class _SparedCollector:
-    """Keeps Python's garbage collector away from all that is there at `begin`, until the block ends.
+    """Keeps Python's garbage collector away from all that is there after the first steps, until the block ends.
 
     With torch, transformers and ColossalAI imported a full collection takes 0.1 to 0.2 s, and comes on each rank at
     another step, in which all the others wait. A process that has already frozen what it imported is left as it is.
     """
 
     def __init__(self) -> None:
-        self._has_begun = False
+        self._steps_left = FIRST_STEPS
+        self._has_frozen = False
 
-    def begin(self) -> None:
-        if gc.get_freeze_count():
-            return
-        gc.collect()
-        gc.freeze()
-        self._has_begun = True
+    def count_step(self) -> None:
+        """Note that a step is done."""
+        self._steps_left -= 1
+        if self._steps_left == 0 and not gc.get_freeze_count():
+            gc.collect()
+            gc.freeze()
+            self._has_frozen = True
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None:
-        if self._has_begun:
+        if self._has_frozen:
             gc.unfreeze()
-            self._has_begun = False
 
 
 def _progress_bar(num_steps: int, is_main: bool) -> tqdm:

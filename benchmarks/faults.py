@@ -104,9 +104,11 @@ class Run:
 
     Args:
         folder: its --output_dir.
-        num_ranks: of every run.
         planted: source of a sitecustomize.py for every Python of the run.
         max_restarts: how often torchrun may start the ranks again.
+
+    Attributes:
+        num_ranks: of every run.
     """
 
     num_ranks: ClassVar[int] = 2
@@ -778,11 +780,14 @@ def main() -> int:
     """Inject the faults, write the table, and return the exit code."""
     args, started = parse_args(), time.monotonic()
     Run.num_ranks = args.ranks
-    most = args.times or max(FAULTS.values())
-    chosen = {fault: min(times, most) for fault, times in FAULTS.items() if args.only in fault.__name__}
+
+    def at_most(times: int) -> int:
+        return min(times, args.times or times)
+
+    chosen = {fault: at_most(times) for fault, times in FAULTS.items() if args.only in fault.__name__}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), random.Random(args.seed))
-        trials = run_kills(bench, min(KILLS_A_RUN, args.times or KILLS_A_RUN)) if args.only in "sigkill" else []
+        trials = run_kills(bench, at_most(KILLS_A_RUN)) if args.only in "sigkill" else []
         others, skipped = run_all(bench, chosen)
         trials += others
     seconds = time.monotonic() - started

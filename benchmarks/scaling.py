@@ -19,6 +19,7 @@ from typing import Any
 
 import planner
 import scaling
+from args import microbatch_numbers
 from opt_sizes import OPT_SHAPES
 from scaling import Job, Machines, Prediction
 
@@ -130,7 +131,8 @@ def request_of(args: dict[str, Any], world_size: int, gpu_gib: float | None) -> 
     tp, pp = args["tp"], args["pp"]
     rows = args["per_device_train_batch_size"] * tp * pp
     shape = OPT_SHAPES[args["model_name_or_path"]]
-    microbatches = args["num_microbatches"] or max(n for n in range(1, 4 * pp + 1) if rows % n == 0)
+    # Where a result holds none, the most were taken (until 2026-11-27).
+    microbatches = args["num_microbatches"] or microbatch_numbers(rows, pp)[-1]
     return planner.PlanRequest(
         shape=planner.model_shape(shape),
         plugin=args["plugin"],

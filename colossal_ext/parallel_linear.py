@@ -7,15 +7,19 @@ before the layers that share an input.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
+from colossalai.shardformer.layer.parallel_module import ParallelModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def copied_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -28,26 +32,32 @@ def summed_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
     return _SummedOverRanks.apply(x, group)
 
 
-class ColumnParallelLinear(Linear1D_Col):
-    """Some of the outputs of a linear layer, of an input that `copied_to_ranks` returned."""
+class _DividedLinear(ParallelModule):
+    @classmethod
+    def from_native_module(cls, module: nn.Linear, process_group: ProcessGroup, **kwargs: Any) -> Self:
+        """Return this rank's part of a linear layer, whose parameters stay the same objects."""
+        return cls(
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=module.bias is not None,
+            device=module.weight.device,
+            process_group=process_group,
+            weight=module.weight,
+            bias_=module.bias,
+            **kwargs,
+        )
 
-    @staticmethod
-    def from_native_module(module: nn.Linear, process_group: ProcessGroup, **kwargs: Any) -> ColumnParallelLinear:
-        """Return this rank's rows of the weight and of the bias; the parameters stay the same objects."""
-        return ColumnParallelLinear(process_group=process_group, **_of(module), **kwargs)
+
+class ColumnParallelLinear(_DividedLinear, Linear1D_Col):
+    """Some of the outputs of a linear layer, of an input that `copied_to_ranks` returned."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., outputs / ranks) of `x` (..., inputs)."""
         return functional.linear(x, self.weight, self.bias)
 
 
-class RowParallelLinear(Linear1D_Row):
+class RowParallelLinear(_DividedLinear, Linear1D_Row):
     """All outputs of a linear layer, each rank's from some of the inputs, summed."""
-
-    @staticmethod
-    def from_native_module(module: nn.Linear, process_group: ProcessGroup, **kwargs: Any) -> RowParallelLinear:
-        """Return this rank's columns of the weight; the parameters stay the same objects."""
-        return RowParallelLinear(process_group=process_group, **_of(module), **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., outputs) of `x` (..., inputs / ranks). A collective."""
@@ -58,29 +68,11 @@ class RowParallelLinear(Linear1D_Row):
 class CopyingColumnParallelLinear(ColumnParallelLinear):
     """A ColumnParallelLinear that alone has its input, and copies it."""
 
-    @staticmethod
-    def from_native_module(
-        module: nn.Linear, process_group: ProcessGroup, **kwargs: Any
-    ) -> CopyingColumnParallelLinear:
-        """Return this rank's rows of the weight and of the bias; the parameters stay the same objects."""
-        return CopyingColumnParallelLinear(process_group=process_group, **_of(module), **kwargs)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., outputs / ranks) of `x` (..., inputs); a collective in the backward pass."""
         if not torch.compiler.is_compiling():
             return Linear1D_Col.forward(self, x)  # which exchanges gradients while it makes the weight's
         return super().forward(copied_to_ranks(x, self.process_group))
-
-
-def _of(module: nn.Linear) -> dict[str, Any]:
-    return {
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-        "bias": module.bias is not None,
-        "device": module.weight.device,
-        "weight": module.weight,
-        "bias_": module.bias,
-    }
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -90,7 +90,7 @@ class Bucket:
         self.num_missing = len(self.parameters)
         self.masters = torch.empty(0)
         self.moments: tuple[Tensor, Tensor] | None = None
-        self._moments_of: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        self._moment_views: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
         self.shares: Tensor | None = None
         self.present: set[nn.Parameter] = set()
         self.on_their_way: list[Tensor] = []
@@ -112,11 +112,11 @@ class Bucket:
 
     def moments_of(self, parameter: nn.Parameter, part: slice) -> tuple[Tensor, Tensor]:
         """Return the parameter's part of both moments, the same objects each time."""
-        if parameter not in self._moments_of:
+        if parameter not in self._moment_views:
             assert self.moments is not None, "made before"
             exp_avg, exp_avg_sq = self.moments
-            self._moments_of[parameter] = exp_avg[part], exp_avg_sq[part]
-        return self._moments_of[parameter]
+            self._moment_views[parameter] = exp_avg[part], exp_avg_sq[part]
+        return self._moment_views[parameter]
 
     # Gradients
 
