@@ -7,7 +7,7 @@ before the layers that share an input.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.nn import functional
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 def copied_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -34,7 +31,7 @@ def summed_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
 
 class _DividedLinear(ParallelModule):
     @classmethod
-    def from_native_module(cls, module: nn.Linear, process_group: ProcessGroup, **kwargs: Any) -> Self:
+    def from_native_module(cls, module: nn.Linear, process_group: ProcessGroup, **kwargs: Any) -> _DividedLinear:
         """Return this rank's part of a linear layer, whose parameters stay the same objects."""
         return cls(
             in_features=module.in_features,
