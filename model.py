@@ -298,6 +298,8 @@ def compile_layers(model: Any) -> None:
     keep a byte for each of the feed-forward's activations.
     """
     torch._dynamo.config.optimize_ddp = False
+    # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run.
+    torch._inductor.config.deterministic = True
     for layer in decoder_layers(model):
         layer.compile()
     model.loss_function = torch.compile(model.loss_function)

@@ -428,7 +428,7 @@ def _gemini_states(request: PlanRequest) -> States:
 
 
 def _hybrid_states(request: PlanRequest) -> States:
-    """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters and fp32 gradients.
+    """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters.
 
     Gradients stay: in DDP's buckets (gradient_as_bucket_view), which one rank has too, and which on a GPU are still
     there when DDP has made others of them before the second step; with stages from micro-batch to micro-batch.
@@ -438,10 +438,8 @@ def _hybrid_states(request: PlanRequest) -> States:
     at_loss = kept if request.on_cpu or request.pp > 1 else 2 * kept
     if request.precision == "fp32":
         return States(4 * p, at_loss, 4 * p, 4 * p, 0, 8 * p, 0)
-    # Beside fp32 gradients DDP's 16-bit buckets stay; with stages each 16-bit gradient goes as its fp32 one comes.
-    step_gradients = 4 * p + (kept if request.pp == 1 else 0)
     buckets = BUCKET_ELEMENTS * 2 if request.dp_size > 1 else 0
-    return States(2 * p, at_loss, 2 * p, step_gradients, 4 * p, 8 * p, buckets)
+    return States(2 * p, at_loss, 2 * p, 2 * p, 4 * p, 8 * p, buckets)
 
 
 # ---------------------------------------------------------------------------- activations
@@ -752,6 +750,7 @@ def work(request: PlanRequest) -> Work:
         replica_size=replica,
         stages=request.pp,
         pieces=request.num_microbatches,
+        compiled=request.compiled,
     )
 
 
@@ -868,9 +867,7 @@ def _precision(args: TrainArgs, *, on_cpu: bool, has_bf16: bool) -> str:
 
 
 def _compiled(args: TrainArgs, *, on_cpu: bool) -> bool:
-    if args.tp > 1 or args.pp > 1 or not args.packs_text:
-        return False
-    return args.compile == "on" or (args.compile == "auto" and not on_cpu)
+    return args.packs_text and (args.compile == "on" or (args.compile == "auto" and not on_cpu))
 
 
 def _with_recompute(args: TrainArgs, request: PlanRequest, predicted: Plan) -> Iterator[PlanRequest]:

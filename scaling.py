@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import report
 from planner import GIB, ModelShape, Plan, PlanRequest, in_pieces, plan, stage_params
-from speed import EAGER_LAYER_S
+from speed import COMPILED_LAYER_S, EAGER_LAYER_S
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
 ORIGIN = (
@@ -35,6 +35,9 @@ EAGER_SHARE = 0.5
 # Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: DDP of 1.3b on 2 and 4 H200, and
 # LowLevelZero of 6.7b on 4 (2026-11-27).
 BESIDE_NCCL = 1.13
+# Forward passes made again, over what their operations would take at that rate: 6.7b, batch 4, on one H200 407.7 for 316.3
+# ms (0.86), 13b, batch 4, on four 770.3 for 644.3 and 651.7 (0.6; 2026-11-27).
+RECOMPUTED = 0.7
 HBM_BYTES_S = 0.9 * 3.35e12  # data sheet; 0.9 of it: ASSUMPTION
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
@@ -166,9 +169,9 @@ def predict(request: PlanRequest, machines: Machines) -> Prediction:
 
 def _step(request: PlanRequest, machines: Machines) -> Step:
     along = groups(request, machines)
-    compute_s = _compute_s(request)
-    backward_s = _backward_share(request) * compute_s
-    gradients_s, weights_s = _exchange_s(request, along["dp"], compute_s - backward_s, backward_s)
+    forward_s, backward_s = _compute_s(request)
+    compute_s = forward_s + backward_s
+    gradients_s, weights_s = _exchange_s(request, along["dp"], forward_s, backward_s)
     layers_s = _layers_s(request, along["tp"])
     stages_s = _stages_s(request, along["pp"])
     # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works.
@@ -186,20 +189,19 @@ def _step(request: PlanRequest, machines: Machines) -> Step:
     )
 
 
-def _compute_s(request: PlanRequest) -> float:
+def _compute_s(request: PlanRequest) -> tuple[float, float]:
+    """Return the seconds of forward and backward pass: one and two of three parts, the latter with what it recomputes."""
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
-    tokens = request.batch_size * request.block_size
-    reached = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
-    compute_s = tokens * flops.hardware / (request.tp * request.pp) / reached
-    if request.compiled:
-        return compute_s * (BESIDE_NCCL if request.dp_size > 1 else 1.0)
-    return max(compute_s, EAGER_LAYER_S * request.num_microbatches * request.shape.num_layers / request.pp)
-
-
-def _backward_share(request: PlanRequest) -> float:
-    """Return the backward pass's part of the computation: two of three, and what it recomputes."""
-    flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
-    return 1 - flops.model / 3 / flops.hardware
+    tokens = request.batch_size * request.block_size / (request.tp * request.pp)
+    rate = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
+    once_s = tokens * flops.model / rate * (BESIDE_NCCL if request.compiled and request.dp_size > 1 else 1.0)
+    again_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
+    # The host launches every layer of a stage for each micro-batch.
+    launches_s = (COMPILED_LAYER_S if request.compiled else EAGER_LAYER_S) * request.num_microbatches
+    launches_s *= request.shape.num_layers / request.pp
+    is_launched = request.pp > 1 or not request.compiled
+    slower = max(1.0, launches_s / (once_s + again_s)) if is_launched else 1.0
+    return once_s / 3 * slower, (once_s * 2 / 3 + again_s) * slower
 
 
 def _state_shards(request: PlanRequest) -> int:
@@ -302,7 +304,7 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                     tp=tp,
                     pp=pp,
                     checkpointed_layers=recomputed,
-                    compiled=tp == pp == 1,
+                    compiled=True,
                 )
                 yield from in_pieces(setting) if pp > 1 else [setting]
 

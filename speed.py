@@ -26,14 +26,14 @@ PLUGIN_SPEED = {
 OTHER_ZERO_SPEED = 0.8
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200 (2026-11-27). torch_ddp by its
 # own 211,925 tokens/s there and 59,230 on one; the others so that with the update, of which each rank may have a share, they
-# take what they took beside torch_ddp in the same call: low_level_zero 243,692 to 211,925, gemini 193,136 to 211,190,
-# hybrid_parallel with tp 2 165,020 to 210,600.
+# take what they took beside torch_ddp in the same call: low_level_zero 243,692 to 211,925, gemini 193,136 to 211,190;
+# hybrid_parallel with tp 2, compiled, 180,811 to low_level_zero's 242,733 in another call.
 EXCHANGE_SPEED = {
     "torch_ddp": 0.886,
     "torch_ddp_fp16": 0.886,
     "low_level_zero": 0.927,
     "gemini": 0.763,
-    "hybrid_parallel": 0.664,
+    "hybrid_parallel": 0.729,
 }
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
 # where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most. Half as
@@ -45,9 +45,9 @@ LAUNCH_S = {
     "hybrid_parallel": 4.7e-3,
     "gemini": 5.5e-3,
 }
-# The same of a layer that is not compiled, without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four
-# H200 (2026-11-27).
-EAGER_LAYER_S = 3.8e-3
+# The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
+# compiled, and compiled one by one, 2.8 ms for eight pieces and 3.7 for four; since then in groups, which is not measured.
+EAGER_LAYER_S, COMPILED_LAYER_S = 3.8e-3, 3.0e-3
 # Updating in the backward pass, the host waits for the loss before it may launch that pass. Estimate.
 BACKWARD_STEP_SPEED = 0.97
 # 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
@@ -73,6 +73,7 @@ class Work:
         gpu_states, host_states: parameters that this GPU, and the whole host, update.
         host_parameters: parameters that come from the host when they are needed.
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
+        compiled: its layers.
     """
 
     shape: MatrixShape
@@ -92,6 +93,7 @@ class Work:
     replica_size: int = 1
     stages: int = 1
     pieces: int = 1
+    compiled: bool = True
 
     @property
     def bubble(self) -> float:
@@ -165,7 +167,8 @@ def _launch_s(work: Work) -> float:
     layers = work.micro_batches * work.shape.num_layers
     if work.replica_size == 1:
         return layers * LAUNCH_S[work.plugin]
-    return layers / work.stages * work.pieces * EAGER_LAYER_S * (1 + work.bubble)
+    layer_s = COMPILED_LAYER_S if work.compiled else EAGER_LAYER_S
+    return layers / work.stages * work.pieces * layer_s * (1 + work.bubble)
 
 
 def _plugin_speed(work: Work) -> float:

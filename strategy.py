@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -31,16 +32,18 @@ if TYPE_CHECKING:
 # two from 2^16 on several ranks, whose own few rows have larger gradients than the whole batch, none on one.
 INITIAL_LOSS_SCALE = 2**12
 
+# Of a pipeline's stage: 12 layers are three graphs of four, 20 four of five.
+LAYERS_PER_GRAPH = 5
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_compile(args: TrainArgs, *, on_cpu: bool) -> str:
-    """Return `on` or `off`: auto compiles on a GPU where one graph serves all batches and no rank divides a layer."""
+    """Return `on` or `off`: auto compiles on a GPU where one graph serves all batches."""
     if args.compile != "auto":
         return args.compile
     # Rows of many lengths: torch 2.11 fails on a graph of dynamic shape, and one graph a length never ends.
-    has_one_graph = args.packs_text and args.tp == 1
-    return "on" if has_one_graph and not on_cpu and _has_c_compiler() else "off"
+    return "on" if args.packs_text and not on_cpu and _has_c_compiler() else "off"
 
 
 def _has_c_compiler() -> bool:
@@ -81,6 +84,7 @@ class Engine:
         """Create the plugin and its Booster; `args` holds no `auto` any more."""
         self.args, self.runtime, self.workload = args, runtime, workload
         quiet_colossalai()
+        torch.autograd.set_multithreading_enabled(False)  # a backward pass of one device needs no other thread
         self.plugin, mixed_precision = _make_plugin(args, runtime, workload)
         self.booster = _make_booster(self.plugin, mixed_precision)
         self.is_pipeline = args.plugin == "hybrid_parallel" and args.pp > 1
@@ -88,6 +92,7 @@ class Engine:
         self.model: Any = None
         self.optimizer: Any = None
         self.scheduler: Any = None
+        self._has_rehearsed = False
 
     def boost(self, model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Hand model, optimizer and schedule to the plugin, which shards them."""
@@ -163,6 +168,8 @@ class Engine:
             last: whether the step's gradients are complete, and may be exchanged, after this one.
             at_loss: gets the summed loss: before the backward pass, except under a pipeline.
         """
+        if not self._has_rehearsed:
+            self._rehearse(batch)
         with self._accumulation(last):
             if self.is_pipeline:
                 at_loss(self._run_pipeline(batch, scale))
@@ -170,6 +177,21 @@ class Engine:
             loss = self.model(**_to_device(batch, self.runtime.device)).loss
             at_loss(self._counted(loss.detach()))
             self.booster.backward(loss * scale, self.optimizer)
+
+    def _rehearse(self, batch: dict[str, Tensor]) -> None:
+        """Let DistributedDataParallel see one backward pass, whose gradients and random numbers are thrown away.
+
+        After its first one it puts parameters into buckets anew, by the order of their gradients, and among three or
+        more ranks a bucket decides in which order their numbers are added: the first step of a resumed run would differ
+        in its last bits from the same step of the run that went on.
+        """
+        self._has_rehearsed = True
+        if self.dp_size < 3 or not isinstance(self.model.module, DistributedDataParallel):
+            return
+        with torch.random.fork_rng([] if self.runtime.on_cpu else [self.runtime.device]):
+            loss = self.model(**_to_device(batch, self.runtime.device)).loss
+            (loss * 0.0).backward()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -506,7 +528,7 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
         cpu_offload=False,
         gradient_as_bucket_view=True,  # DDP's buckets, there on one rank too, are the gradients
         make_vocab_size_divisible_by=1,  # a padded vocabulary breaks upstream's optimizer checkpoint
-        custom_policy=OPTCausalLMPolicy(),
+        custom_policy=OPTCausalLMPolicy(layers_per_graph=LAYERS_PER_GRAPH if args.compile == "on" else 1),
     )
 
 

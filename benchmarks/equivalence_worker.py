@@ -214,9 +214,9 @@ def other_masks() -> AbstractContextManager[Any]:
 
 def untied_stages() -> AbstractContextManager[Any]:
     """Let the pipeline's first and last stage update their copy of the embedding each by its own gradient."""
-    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+    from colossal_ext import pipeline_barrier
 
-    return patch.object(HybridParallelModule, "sync_shared_params", lambda self: None)
+    return patch.object(pipeline_barrier, "_sync_shared_params", lambda self: None)
 
 
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

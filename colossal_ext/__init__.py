@@ -13,6 +13,10 @@ gemini_layers      Gemini's hooks once a decoder layer, around a compiled graph
 gemini_chunks      chunk sizes that shard a model of any size
 opt_policy         tensor and pipeline parallel OPT (custom_policy)
 vocab_parallel     cross entropy over a sharded vocabulary
+parallel_linear    divided linear layers that torch.compile takes into one graph
+hybrid_step        HybridParallel's 16-bit step in one pass, without fp32 copies of gradients
+pipeline_barrier   stages add up a tied embedding's gradients without waiting for their GPUs
+pipeline_metadata  the interleaved pipeline takes batches of varying length
 local_ddp          TorchDDP on one rank, without its reducer
 local_zero         LowLevelZero on one rank: no buckets, no copies, states on device and host
 sharded_zero       the same on several ranks: few large exchanges, beside the backward and the forward pass

@@ -6,6 +6,7 @@ are replaced by sharded ones. ColossalAI's own OPT policy imports classes that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -69,7 +70,14 @@ class OPTCausalLMPolicy(Policy):
 
     The model's `loss_function(logits=, labels=, vocab_size=)` returns a sum over targets. With tensor parallelism and
     `parallel_output` it is replaced by the same sum over sharded logits; else the model's own is called.
+
+    Args:
+        layers_per_graph: pipeline stages compile as many of their layers at a time; 1: the caller compiles, or nobody.
     """
+
+    def __init__(self, layers_per_graph: int = 1) -> None:
+        super().__init__()
+        self.layers_per_graph = layers_per_graph
 
     @property
     def config(self) -> OPTConfig:
@@ -139,10 +147,11 @@ class OPTCausalLMPolicy(Policy):
 
     def _stage_forward(self) -> partial[Any]:
         stages, index = self.pipeline_stage_manager, self._stage_index()
+        forward = partial(stage_forward, stage_manager=stages, run_layers=LayerGroups(self.layers_per_graph))
         if stages.is_interleave:
             stages.stage_indices = index  # the schedule hands one of them to each call
-            return partial(stage_forward, stage_manager=stages)
-        return partial(stage_forward, stage_manager=stages, stage_index=index)
+            return forward
+        return partial(forward, stage_index=index)
 
     def postprocess(self) -> nn.Module:
         if self.tp_size > 1:
@@ -196,6 +205,7 @@ def stage_forward(
     *,
     stage_manager: PipelineStageManager,
     stage_index: StageIndex,
+    run_layers: LayerGroups,
     **kwargs: Any,
 ) -> dict[str, Tensor] | CausalLMOutputWithPast:
     """Run this rank's layers: the forward of OPTForCausalLM on a pipeline stage.
@@ -216,7 +226,8 @@ def stage_forward(
     decoder = self.model.decoder
     if hidden_states is None:
         hidden_states = _embed(decoder, input_ids)
-    hidden_states = _run_layers(decoder, hidden_states, stage_index)
+    first, end = (int(layer) for layer in stage_index)
+    hidden_states = run_layers(decoder.layers[first:end], hidden_states, **_layer_arguments(decoder, hidden_states))
     if not stage_manager.is_last_stage():
         return {"hidden_states": hidden_states}
     return _head(self, hidden_states, labels)
@@ -233,15 +244,42 @@ def _position_ids(hidden_states: Tensor) -> Tensor:
     return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
 
 
-def _run_layers(decoder: OPTDecoder, hidden_states: Tensor, stage_index: StageIndex) -> Tensor:
+def _layer_arguments(decoder: OPTDecoder, hidden_states: Tensor) -> dict[str, Any]:
     # Without a padding mask this is None under SDPA, which then runs its causal kernel.
     causal_mask = create_causal_mask(
         config=decoder.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
     )
-    position_ids = _position_ids(hidden_states)
-    first, end = (int(layer) for layer in stage_index)
-    for layer in decoder.layers[first:end]:
-        hidden_states = layer(hidden_states, attention_mask=causal_mask, position_ids=position_ids)
+    return {"attention_mask": causal_mask, "position_ids": _position_ids(hidden_states)}
+
+
+class LayerGroups:
+    """Runs layers one after the other, some of them in one graph.
+
+    In a pipeline the host launches every layer for each micro-batch, and what it does around a graph takes it as long as
+    the launches in it.
+
+    Args:
+        size: layers of a graph at most; 1: no graph, but those of layers that are compiled each by itself.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._run_graph = torch.compile(_run_layers) if size > 1 else _run_layers
+
+    def __call__(self, layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Return the last layer's output of `hidden_states`, (B, T, H), each getting `arguments` as well."""
+        if self.size == 1 or any(layer.gradient_checkpointing for layer in layers):
+            return _run_layers(layers, hidden_states, **arguments)
+        num_groups = -(-len(layers) // self.size)
+        size = -(-len(layers) // num_groups)  # groups of one size share their graph
+        for start in range(0, len(layers), size):
+            hidden_states = self._run_graph(tuple(layers[start : start + size]), hidden_states, **arguments)
+        return hidden_states
+
+
+def _run_layers(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
+    for layer in layers:
+        hidden_states = layer(hidden_states, **arguments)
     return hidden_states
 
 

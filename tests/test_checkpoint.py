@@ -70,6 +70,17 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(name, whole, resumed):
     assert resumed[name].result["eval"]["loss"] == whole[name].result["eval"]["loss"]
 
 
+def test_among_four_ranks_the_order_of_their_sums_is_repeated_as_well(tmp_path, run_many):
+    """Two numbers have one sum; the order of four depends on the bucket that DistributedDataParallel puts them in."""
+    flags = ["--plugin", "torch_ddp", "--dropout", 0.1, "--per_device_train_batch_size", 1, *LENGTH.split()]
+    flags += ["--model_name_or_path", "tiny", "--max_train_steps", 8]  # more than a bucket; a last bit takes time to show
+    whole = run_many(tmp_path, {"whole": flags}, world=4)["whole"]
+    assert whole.code == 0, whole.output
+    more = [*flags, "--resume_from_checkpoint", checkpoint_of(whole, 2)]
+    resumed = run_many(tmp_path, {"resumed": more}, world=4)["resumed"]
+    assert resumed.losses == whole.losses[2:] and len(resumed.losses) == 6, resumed.output
+
+
 def test_another_plugin_and_number_of_ranks_goes_on_with_the_same_losses(whole, tmp_path, run_many):
     start = checkpoint_of(whole["pipeline fp32"], 2)
     flags = {

@@ -106,11 +106,18 @@ class OneStage:
         return True
 
 
+WHOLE_MODEL: dict[str, Any] = {
+    "stage_manager": OneStage(),
+    "stage_index": (0, 4),
+    "run_layers": opt_policy.LayerGroups(1),
+}
+
+
 @pytest.mark.parametrize("shape", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 32}])
 def test_stage_forward_over_all_layers_equals_the_models_own(shape: dict[str, Any]) -> None:
     model = OPTForCausalLM._from_config(tiny_config(**shape), attn_implementation="sdpa").eval()
     input_ids = torch.randint(512, (3, 10))
-    output = opt_policy.stage_forward(model, input_ids, input_ids, stage_manager=OneStage(), stage_index=(0, 4))
+    output = opt_policy.stage_forward(model, input_ids, input_ids, **WHOLE_MODEL)
     wanted = model(input_ids=input_ids, labels=input_ids)
     torch.testing.assert_close(output.logits, wanted.logits)
     torch.testing.assert_close(output.loss, wanted.loss)
@@ -123,7 +130,7 @@ def test_stage_forward_leaves_the_causal_mask_to_the_attention_kernel(monkeypatc
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
         )
-    opt_policy.stage_forward(model, torch.ones(1, 4).long(), stage_manager=OneStage(), stage_index=(0, 4))
+    opt_policy.stage_forward(model, torch.ones(1, 4).long(), **WHOLE_MODEL)
     assert masks == [None] * 4
 
 
@@ -131,4 +138,47 @@ def test_stage_forward_refuses_an_attention_mask() -> None:
     model = OPTForCausalLM(tiny_config())
     ones = torch.ones(1, 4).long()
     with pytest.raises(ValueError, match="attention_mask"):
-        opt_policy.stage_forward(model, ones, attention_mask=ones, stage_manager=OneStage(), stage_index=(0, 4))
+        opt_policy.stage_forward(model, ones, attention_mask=ones, **WHOLE_MODEL)
+
+
+class Layer(torch.nn.Module):
+    """Multiplies, and adds the positions."""
+
+    def __init__(self, factor: float, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.factor, self.gradient_checkpointing = factor, gradient_checkpointing
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return hidden_states * self.factor + arguments["position_ids"]
+
+
+def groups_of(monkeypatch: pytest.MonkeyPatch, size: int, layers: list[Layer]) -> tuple[list[int], torch.Tensor]:
+    """Return how many layers each graph was given, and what came out of them for ones."""
+    sizes: list[int] = []
+
+    def compiled(run: Any) -> Any:
+        def counted(part: Any, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            sizes.append(len(part))
+            return run(part, hidden_states, **arguments)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return sizes, opt_policy.LayerGroups(size)(layers, torch.ones(1, 2, 3), position_ids=torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "size", "groups"), [(12, 5, [4, 4, 4]), (10, 5, [5, 5]), (11, 5, [4, 4, 3]), (3, 5, [3]), (4, 1, [])]
+)
+def test_layers_share_a_graph_in_groups_of_nearly_one_size(
+    monkeypatch: pytest.MonkeyPatch, num_layers: int, size: int, groups: list[int]
+) -> None:
+    sizes, output = groups_of(monkeypatch, size, [Layer(2.0) for _ in range(num_layers)])
+    assert sizes == groups
+    assert output.unique().tolist() == [2.0 ** (num_layers + 1) - 1]
+
+
+def test_layers_that_are_recomputed_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Layer(2.0), Layer(3.0, gradient_checkpointing=True)]
+    sizes, output = groups_of(monkeypatch, 5, layers)
+    assert sizes == [] and output.unique().tolist() == [10.0]

@@ -128,9 +128,9 @@ def test_tensor_parallelism_waits_four_times_a_layer_and_halves_the_rest(monkeyp
     assert both.compute == pytest.approx(alone.compute / 2) and both.update == pytest.approx(alone.update / 2, rel=0.01)
 
 
-def test_recompute_costs_a_third_of_the_layers_and_no_mfu_is_claimed_for_it():
+def test_recompute_costs_less_than_its_operations_and_no_mfu_is_claimed_for_it():
     without, with_ = (predict(request(checkpointed_layers=layers), Machines(1)) for layers in (0, SHAPE.num_layers))
-    assert 1.25 < with_.step.compute / without.step.compute < 4 / 3
+    assert 1.2 < with_.step.compute / without.step.compute < 1 + 0.7 / 3
     assert with_.mfu * with_.step.total == pytest.approx(without.mfu * without.step.total)
 
 
