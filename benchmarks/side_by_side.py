@@ -152,6 +152,9 @@ class Case:
     scales: bool = False
 
 
+TP2_PP2 = ("--tp", "2", "--pp", "2")
+
+
 def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ...]:
     return (
         *peers,
@@ -159,7 +162,8 @@ def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ..
         _ours("low_level_zero"),
         _ours("gemini"),
         _ours("hybrid_parallel", "--tp", "2", name="hybrid_tp2", min_gpus=2),
-        _ours("hybrid_parallel", "--tp", "2", "--pp", "2", name="hybrid_tp2_pp2", min_gpus=4),
+        _ours("hybrid_parallel", *TP2_PP2, name="hybrid_tp2_pp2", min_gpus=4),
+        _ours("hybrid_parallel", *TP2_PP2, "--pp_schedule", "interleaved", name="hybrid_interleaved", min_gpus=4),
     )
 
 
@@ -204,18 +208,18 @@ CASES = {
         device_init=True,
         needs_gb={"6.7b": 79},
     ),
-    # 6.7b has layers recomputed: 16 bytes a parameter fill an H100 by themselves, and all shall do the same work.
+    # An H200 has room for all activations up to 13b, but not for torch_ddp of 6.7b on several GPUs; an H100 needs --recompute.
     "gpus": Case(
         "fsdp2_compile",
         (
             Entry(Setting("1.3b", 8, max_grad_norm=0), GPUS_CONTESTANTS),
-            Entry(Setting("6.7b", 4, recompute=True, max_grad_norm=0), GPUS_CONTESTANTS),
-            Entry(Setting("13b", 4, recompute=True, max_grad_norm=0), GPUS_CONTESTANTS, min_gpus=2),
+            Entry(Setting("6.7b", 4, max_grad_norm=0), GPUS_CONTESTANTS),
+            Entry(Setting("13b", 4, max_grad_norm=0), GPUS_CONTESTANTS, min_gpus=2),
             Entry(Setting("30b", 4, recompute=True, max_grad_norm=0), LARGEST_CONTESTANTS, min_gpus=4),
         ),
         num_workers=2,
         device_init=True,
-        needs_gb={"1.3b": 39, "13b": 139, "30b": 139},
+        needs_gb={"1.3b": 39, "6.7b": 130, "13b": 139, "30b": 139},
         scales=True,
     ),
     "ranks": Case(
@@ -291,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run in progress on the way out
     done = read_outcomes(folder / "table.json")
     for entry, contestant, round_ in planned(entries, options.rounds):
-        stem = f"{entry.setting.model}-{entry.setting.gpus}-{contestant.name}"
+        recomputed = "-recompute" if entry.setting.recompute else ""
+        stem = f"{entry.setting.model}{recomputed}-{entry.setting.gpus}-{contestant.name}"
         command = command_of(contestant, entry.setting, case, options, folder / "runs" / stem)
         key = (str(entry.setting), contestant.name, round_)
         if any(_key(each) == key and each.status == "ok" and each.command == command for each in done):
@@ -332,6 +337,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each contestant, in turn (default: 1)")
     parser.add_argument("--limit-seconds", type=float, default=300, help="seconds a run may take (default: 300)")
     parser.add_argument("--max-grad-norm", type=float, help="clip at this, 0: not at all; off: as the case says")
+    parser.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction, help="activations of every layer; off: as the case says"
+    )
     parser.add_argument("--baseline", metavar="NAME", help="contestant that ratios are taken to; off: the case's")
     parser.add_argument("--output", metavar="DIR", help="folder of the results; off: outputs/side-by-side-<case>")
     options = parser.parse_args(argv)
@@ -358,6 +366,8 @@ def chosen_entries(case: Case, options: argparse.Namespace) -> list[Entry]:
             continue
         if options.max_grad_norm is not None:
             setting = replace(setting, max_grad_norm=options.max_grad_norm)
+        if options.recompute is not None:
+            setting = replace(setting, recompute=options.recompute)
         contestants = tuple(each for each in entry.contestants if not options.only or each.name in options.only)
         chosen.append(Entry(setting, contestants))
     return chosen

@@ -95,6 +95,15 @@ def test_a_case_that_scales_is_run_on_every_number_of_gpus_by_those_it_is_enough
     assert side_by_side.powers_of_two(6) == [1, 2, 4]
 
 
+@pytest.mark.parametrize(("flags", "recompute"), [([], False), (["--recompute"], True), (["--no-recompute"], False)])
+def test_recompute_is_the_cases_own_unless_it_is_told(flags, recompute, monkeypatch):
+    monkeypatch.setattr(side_by_side, "gpu_memory_gb", lambda: 141.0)
+    options = parse(["--case", "gpus", "--models", "13b", "30b", "--gpus", "4", *flags])
+    large, largest = side_by_side.chosen_entries(CASES["gpus"], options)
+    assert large.setting.recompute == recompute and largest.setting.recompute == (flags != ["--no-recompute"])
+    assert [each.name for each in large.contestants][-3:] == ["hybrid_tp2", "hybrid_tp2_pp2", "hybrid_interleaved"]
+
+
 def test_scaling_is_the_speed_over_that_of_as_many_single_gpus():
     alone = [outcome("ddp", 100.0), outcome("zero", 50.0)]
     both = [
