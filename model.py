@@ -298,8 +298,12 @@ def compile_layers(model: Any) -> None:
     keep a byte for each of the feed-forward's activations.
     """
     torch._dynamo.config.optimize_ddp = False
-    # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run.
+    # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run. Nor are
+    # matrix products padded then, of which those of OPT need none.
     torch._inductor.config.deterministic = True
+    # Tensor-parallel ranks make weights' gradients while they add up those of a layer's input.
+    torch._inductor.config.reorder_for_compute_comm_overlap = True
+    torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
     for layer in decoder_layers(model):
         layer.compile()
     model.loss_function = torch.compile(model.loss_function)

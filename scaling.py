@@ -194,14 +194,20 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size / (request.tp * request.pp)
     rate = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
-    once_s = tokens * flops.model / rate * (BESIDE_NCCL if request.compiled and request.dp_size > 1 else 1.0)
-    again_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
-    # The host launches every layer of a stage for each micro-batch.
-    launches_s = (COMPILED_LAYER_S if request.compiled else EAGER_LAYER_S) * request.num_microbatches
-    launches_s *= request.shape.num_layers / request.pp
-    is_launched = request.pp > 1 or not request.compiled
-    slower = max(1.0, launches_s / (once_s + again_s)) if is_launched else 1.0
-    return once_s / 3 * slower, (once_s * 2 / 3 + again_s) * slower
+    beside_nccl = BESIDE_NCCL if request.compiled and request.dp_size > 1 else 1.0
+    forward_s = tokens * flops.model / 3 / rate * beside_nccl
+    recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
+    backward_s = 2 * forward_s + recompute_s
+    waits = max(1.0, _launches_s(request) / (forward_s + backward_s))
+    return forward_s * waits, backward_s * waits
+
+
+def _launches_s(request: PlanRequest) -> float:
+    """Return the seconds in which the host launches a stage's layers; 0 where it keeps ahead of the GPU."""
+    if request.compiled and request.pp == 1:
+        return 0.0
+    layer_s = COMPILED_LAYER_S if request.compiled else EAGER_LAYER_S
+    return layer_s * request.num_microbatches * request.shape.num_layers / request.pp
 
 
 def _state_shards(request: PlanRequest) -> int:

@@ -46,7 +46,8 @@ LAUNCH_S = {
     "gemini": 5.5e-3,
 }
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
-# compiled, and compiled one by one, 2.8 ms for eight pieces and 3.7 for four; since then in groups, which is not measured.
+# compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
+# which is not measured.
 EAGER_LAYER_S, COMPILED_LAYER_S = 3.8e-3, 3.0e-3
 # Updating in the backward pass, the host waits for the loss before it may launch that pass. Estimate.
 BACKWARD_STEP_SPEED = 0.97

@@ -254,6 +254,7 @@ def quick_cases() -> list[Case]:
         Case(strategy, strategy.precisions[0], shape, accumulation=2, recompute=shape == "350m")
         for strategy, shape in zip(found, itertools.cycle(("pre-norm", "350m")))
     ]
+    trained += [Case(strategy, "bf16") for strategy in strategies() if strategy.name == "tp 2 x pp 2"]
     evaluated = [strategy for strategy in found if strategy.name in ("DDP", "pp 2", "pp 2 x dp 2")]
     return [*trained, *itertools.chain.from_iterable(map(evaluations, evaluated)), *faults()]
 

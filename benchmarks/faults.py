@@ -52,19 +52,24 @@ CHECKPOINT_MIB = 41  # of tiny in fp32 with its two moments
 
 # Planted through sitecustomize.py into rank 1, in the embedding of tokens and positions: two calls a micro-batch.
 BAD_STEP = 2 * SAVE_STEPS
-PLANTED = """import os
+# A schedule counts its making as a step, so that the first step is the one between its first and second.
+HARM_MODULE = """import os
 if os.environ.get("RANK") == "1":
     import torch
 
-    forward, calls = torch.nn.Embedding.forward, []
+    advance, forward, steps = torch.optim.lr_scheduler.LRScheduler.step, torch.nn.Embedding.forward, []
 
-    def planted(self, *tokens):
-        calls.append(1)
-        if len(calls) == {call}:
+    def counted(self, *epoch):
+        steps.append(1)
+        return advance(self, *epoch)
+
+    def harmed(self, *tokens):
+        if len(steps) {when}:
+            {once}
             {harm}
         return forward(self, *tokens)
 
-    torch.nn.Embedding.forward = planted
+    torch.optim.lr_scheduler.LRScheduler.step, torch.nn.Embedding.forward = counted, harmed
 """
 RAISE = 'raise RuntimeError("planted")'
 NAN_GRADIENT = """output = forward(self, *tokens)
@@ -76,10 +81,13 @@ SLOW = "__import__('time').sleep(0.15)"
 HANG_TIMEOUT_S = 6
 
 
-def planted(plugin: str, harm: str, step: int = BAD_STEP) -> str:
-    """Return the module that does harm in a step of rank 1: two embeddings a forward pass, and `Engine._rehearse`'s."""
-    rehearsals = 1 if "torch_ddp" in plugin and Run.num_ranks > 2 else 0
-    return PLANTED.format(call=2 * (step + rehearsals), harm=harm)
+def harm_in_step(harm: str, step: int = BAD_STEP) -> str:
+    """Return the module that does harm to rank 1, in its first embedding of a step."""
+    return HARM_MODULE.format(when=f"== {step}", once="steps.append(0)", harm=harm)
+
+
+def harm_in_all_steps(harm: str) -> str:
+    return HARM_MODULE.format(when="> 0", once="pass", harm=harm)
 
 
 class NotPossible(Exception):
@@ -574,7 +582,7 @@ def damaged(bench: Bench, fault: str, plugin: str, harm: Callable[[Path], str]) 
 def rank_raises(bench: Bench, number: int) -> Trial:
     """An exception in one rank's forward pass, while the other waits for it in a collective."""
     plugin = PLUGINS[number % len(PLUGINS)]
-    run = Run(bench.new_folder(), *plugin.split(), planted=planted(plugin, RAISE))
+    run = Run(bench.new_folder(), *plugin.split(), planted=harm_in_step(RAISE))
     run.wait_for_step(BAD_STEP - 1)
     how = f"{plugin}, rank 1 in step {BAD_STEP}"
     return bench.judge("a rank raises", how, plugin, run.folder, run.finish(), codes=[1], says="RuntimeError: planted")
@@ -605,10 +613,10 @@ def rank_stands_still(bench: Bench, number: int) -> Trial:
     """A rank's loop sleeps in its forward pass, while its threads live."""
     plugin = PLUGINS[number % 3]
     hang = "--hang_timeout", str(HANG_TIMEOUT_S)
-    run = Run(bench.new_folder(), *plugin.split(), *hang, planted=planted(plugin, STAND_STILL))
+    run = Run(bench.new_folder(), *plugin.split(), *hang, planted=harm_in_step(STAND_STILL))
     run.wait_for_step(BAD_STEP - 1)
     ended = run.finish()
-    problems = [] if "in planted" in ended.output else [f"does not show the place:\n{ended.output}"]
+    problems = [] if "in harmed" in ended.output else [f"does not show the place:\n{ended.output}"]
     fault, how = "a rank stands still", f"{plugin}, rank 1 in step {BAD_STEP}, --hang_timeout {HANG_TIMEOUT_S}"
     says = f"has been at step {BAD_STEP} in forward"
     return bench.judge(fault, how, plugin, run.folder, ended, codes=[1], says=says).with_problems(problems)
@@ -617,7 +625,7 @@ def rank_stands_still(bench: Bench, number: int) -> Trial:
 def slow_rank(bench: Bench, number: int) -> Trial:
     """A rank takes long over each forward pass: the run goes on, and says which one."""
     plugin = PLUGINS[number % 2]
-    run = Run(bench.new_folder(), *plugin.split(), planted=planted(plugin, SLOW, 1).replace("(calls) ==", "(calls) >="))
+    run = Run(bench.new_folder(), *plugin.split(), planted=harm_in_all_steps(SLOW))
     ended = run.finish(START_LIMIT_S)
     problems = list(end_problems(ended, [0], f"rank 1 of {Run.num_ranks} is slow: "))
     if ended.output.count(" is slow: ") != 1:
@@ -644,7 +652,7 @@ def planted_nan_gradient(bench: Bench, number: int) -> Trial:
 
 def not_finite(bench: Bench, fault: str, plugin: str, harm: str, says: str) -> Trial:
     """The checkpoint before is the last. `plugin` has whole embeddings: tensor parallelism brings its own."""
-    run = Run(bench.new_folder(), *plugin.split(), planted=planted(plugin, harm))
+    run = Run(bench.new_folder(), *plugin.split(), planted=harm_in_step(harm))
     run.wait_for_step(BAD_STEP - 1)
     ended = run.finish()
     problems = [] if checkpoints(run.folder) == [SAVE_STEPS] else [f"checkpoints {checkpoints(run.folder)}"]

@@ -21,8 +21,8 @@ def install_hybrid_step_mend() -> None:
     """Mend mixed_precision_optimizer.py:169-204 of ColossalAI 0.5.0 for HybridParallel. Repeating it is fine.
 
     There every gradient is copied to fp32, 4 bytes a parameter, and divided in a pass of its own, weights are copied to
-    the model's in another, and the host waits for each gradient's norm. Here Adam reads the gradients as they are,
-    divides them, and writes both weights.
+    the model's in another, and the host waits for the norm. Here Adam reads the gradients as they are, divides them, and
+    writes both weights.
 
     Raises:
         RuntimeError: another ColossalAI than 0.5.0 is installed.
@@ -31,54 +31,56 @@ def install_hybrid_step_mend() -> None:
     HybridParallelAMPOptimizer.step = _step
 
 
-def _step(self: HybridParallelAMPOptimizer, *args: Any, **kwargs: Any) -> None:
-    if not isinstance(self.optim, CompileFreeAdam):
-        MixedPrecisionOptimizer.step(self, *args, **kwargs)
+@torch.no_grad()
+def _step(optimizer: HybridParallelAMPOptimizer, *args: Any, **kwargs: Any) -> None:
+    if not isinstance(optimizer.optim, CompileFreeAdam):
+        MixedPrecisionOptimizer.step(optimizer, *args, **kwargs)
         return
-    if self.mixed_precision.should_skip_step():
-        self.zero_grad()
+    if optimizer.mixed_precision.should_skip_step():
+        optimizer.zero_grad()
         return
-    div_scale: float | Tensor = self.mixed_precision.get_grad_div_scale()
-    if self.max_norm > 0:
-        norm = _grad_norm(self)
-        self._current_grad_norm = norm
-        div_scale = div_scale * clipping_divisor(norm / div_scale, self.max_norm)
-    for group in self.optim.param_groups:
-        for (on_host, step), tensors in _batches(self, group).items():
-            self.optim.update(on_host, tensors, self.optim.settings(group, step, div_scale))
+    div_scale: float | Tensor = optimizer.mixed_precision.get_grad_div_scale()
+    if optimizer.max_norm > 0:
+        norm = _grad_norm(optimizer)
+        optimizer._current_grad_norm = norm
+        div_scale = div_scale * clipping_divisor(norm / div_scale, optimizer.max_norm)
+    for group in optimizer.optim.param_groups:
+        for (on_host, step), tensors in _batches(optimizer, group).items():
+            optimizer.optim.update(on_host, tensors, optimizer.optim.settings(group, step, div_scale))
 
 
-def _batches(self: HybridParallelAMPOptimizer, group: dict[str, Any]) -> dict[tuple[bool, int], AdamTensors]:
+def _batches(optimizer: HybridParallelAMPOptimizer, group: dict[str, Any]) -> dict[tuple[bool, int], AdamTensors]:
     """Return gradients, fp32 weights, moments and the model's weights by (on the host?, step number)."""
     batches: dict[tuple[bool, int], AdamTensors] = defaultdict(AdamTensors.empty)
     for master in group["params"]:
-        working = self.master_to_working_map[master]
+        working = optimizer.master_to_working_map[master]
         if working.grad is None:
             continue
-        state = self.optim.advanced_state(master)
+        state = optimizer.optim.advanced_state(master)
         key = (master.device.type == "cpu", int(state["step"]))
         batches[key].append((working.grad, master, state["exp_avg"], state["exp_avg_sq"], working.data))
     return batches
 
 
-def _grad_norm(self: HybridParallelAMPOptimizer) -> Tensor:
+def _grad_norm(optimizer: HybridParallelAMPOptimizer) -> Tensor:
     """Return the norm over the model's gradients as they are, the same fp32 scalar on every rank. A collective."""
     by_copies = defaultdict(list)
-    for working in self.working_to_master_map:
+    for working in optimizer.working_to_master_map:
         if working.grad is not None:
-            by_copies[_num_copies(self, working)].append(working.grad)
-    squares = [global_norm(grads).double().square() / num_copies for num_copies, grads in by_copies.items()]
-    square = torch.stack(squares).sum()
-    for group, size in ((self.tp_pg, self.tp_size), (self.pp_pg, self.pp_size)):
+            by_copies[_num_copies(optimizer, working)].append(working.grad)
+    square = torch.zeros((), dtype=torch.float64, device=next(iter(optimizer.working_to_master_map)).device)
+    for num_copies, grads in by_copies.items():
+        square += global_norm(grads).double().square() / num_copies
+    for group, size in ((optimizer.tp_pg, optimizer.tp_size), (optimizer.pp_pg, optimizer.pp_size)):
         if size > 1:
             dist.all_reduce(square, group=group)
     return square.sqrt().float()
 
 
-def _num_copies(self: HybridParallelAMPOptimizer, working: Tensor) -> int:
+def _num_copies(optimizer: HybridParallelAMPOptimizer, working: Tensor) -> int:
     """Return how many of the ranks that add up their squares hold this gradient."""
-    num_copies = self.tp_size if self.tp_size > 1 and not is_distributed_tensor(working) else 1
-    for stages in self.shared_params if self.pp_size > 1 else ():
-        if stages.get(self.stage_manager.stage) is working:
+    num_copies = optimizer.tp_size if optimizer.tp_size > 1 and not is_distributed_tensor(working) else 1
+    for stages in optimizer.shared_params if optimizer.pp_size > 1 else ():
+        if stages.get(optimizer.stage_manager.stage) is working:
             num_copies *= len(stages)
     return num_copies

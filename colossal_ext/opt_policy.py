@@ -6,7 +6,8 @@ are replaced by sharded ones. ColossalAI's own OPT policy imports classes that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,13 +93,14 @@ class OPTCausalLMPolicy(Policy):
         Raises:
             ValueError: the model does not divide by the layout, or the layout needs what this policy does not have.
         """
-        stages = self.pipeline_stage_manager
-        found = opt_layout_problems(
-            self.config,
-            tp_size=self.tp_size,
-            num_stages=stages.num_stages * stages.num_model_chunks if stages else 1,
-            vocab_multiple=self.shard_config.make_vocab_size_divisible_by,
-        )
+        stages, found = self.pipeline_stage_manager, list[str]()
+        if self.tp_size > 1 or stages:  # else any model stays as it is
+            found += opt_layout_problems(
+                self.config,
+                tp_size=self.tp_size,
+                num_stages=stages.num_stages * stages.num_model_chunks if stages else 1,
+                vocab_multiple=self.shard_config.make_vocab_size_divisible_by,
+            )
         if self.shard_config.enable_sequence_parallelism:
             found.append("sequence parallelism: not implemented for OPT")
         if stages and stages.use_zbv:
@@ -256,7 +258,7 @@ class LayerGroups:
     """Runs layers one after the other, some of them in one graph.
 
     In a pipeline the host launches every layer for each micro-batch, and what it does around a graph takes it as long as
-    the launches in it.
+    the launches in it. Layers that are recomputed have a graph each, if they are compiled.
 
     Args:
         size: layers of a graph at most; 1: no graph, but those of layers that are compiled each by itself.
@@ -268,13 +270,20 @@ class LayerGroups:
 
     def __call__(self, layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
         """Return the last layer's output of `hidden_states`, (B, T, H), each getting `arguments` as well."""
-        if self.size == 1 or any(layer.gradient_checkpointing for layer in layers):
-            return _run_layers(layers, hidden_states, **arguments)
-        num_groups = -(-len(layers) // self.size)
-        size = -(-len(layers) // num_groups)  # groups of one size share their graph
-        for start in range(0, len(layers), size):
-            hidden_states = self._run_graph(tuple(layers[start : start + size]), hidden_states, **arguments)
+        for is_recomputed, part in itertools.groupby(layers, key=lambda layer: layer.gradient_checkpointing):
+            if is_recomputed:
+                hidden_states = _run_layers(tuple(part), hidden_states, **arguments)
+                continue
+            for group in _in_groups(tuple(part), self.size):
+                hidden_states = self._run_graph(group, hidden_states, **arguments)
         return hidden_states
+
+
+def _in_groups(layers: tuple[Any, ...], most: int) -> Iterator[tuple[Any, ...]]:
+    """Yield groups of nearly one size: those of the same share their graph."""
+    size = -(-len(layers) // -(-len(layers) // most))
+    for start in range(0, len(layers), size):
+        yield layers[start : start + size]
 
 
 def _run_layers(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from colossal_ext import opt_policy
 
@@ -179,6 +179,26 @@ def test_layers_share_a_graph_in_groups_of_nearly_one_size(
 
 
 def test_layers_that_are_recomputed_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [Layer(2.0), Layer(3.0, gradient_checkpointing=True)]
-    sizes, output = groups_of(monkeypatch, 5, layers)
-    assert sizes == [] and output.unique().tolist() == [10.0]
+    layers = [Layer(3.0, gradient_checkpointing=True), *(Layer(2.0) for _ in range(7))]
+    sizes, output = groups_of(monkeypatch, 4, layers)
+    assert sizes == [4, 3] and output.unique().tolist() == [4.0 * 2**7 + 2**7 - 1]
+
+
+def test_any_model_is_left_as_it_is_without_a_layout() -> None:
+    policy = opt_policy.OPTCausalLMPolicy()
+    policy.set_model(
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        )
+    )
+    policy.set_shard_config(
+        SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_stage_manager=None,
+            enable_sequence_parallelism=False,
+            parallel_output=True,
+            make_vocab_size_divisible_by=1,
+        )
+    )
+    policy.preprocess()
+    assert policy.module_policy() == {} and policy.get_shared_params() == []

@@ -311,8 +311,10 @@ def test_an_interruption_ends_all_groups_and_keeps_what_is_done(tmp_path, monkey
     handler = signal.signal(number, ends)
     others = psutil.Process().children()  # such as multiprocessing's tracker, from another test
     threading.Thread(target=interrupt, daemon=True).start()
-    found = equivalence.run_cases(cases, tmp_path, jobs=2)
-    signal.signal(number, handler)
+    try:
+        found = equivalence.run_cases(cases, tmp_path, jobs=2)
+    finally:
+        signal.signal(number, handler)
     assert found == {cases[0].name: {"name": cases[0].name}}
     assert set(psutil.Process().children()) <= set(others)
 

@@ -1,4 +1,4 @@
-"""HybridParallel's own step beside upstream's, on one rank; on several it is in the equivalence matrix."""
+"""HybridParallel's own step beside upstream's, on one rank; on several it is in the equivalence matrix (test_equivalence)."""
 
 from __future__ import annotations
 
@@ -134,6 +134,14 @@ def test_gradients_that_several_ranks_hold_count_once(monkeypatch: pytest.Monkey
     norm = hybrid_step._grad_norm(optimizer)
     assert norm.item() == pytest.approx((4 * (9 + 4 / 2 + 16 / 2)) ** 0.5)
     assert fake.groups == ["tp", "pp"]
+
+
+def test_a_rank_without_gradients_adds_nothing_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid_step, "dist", fake := FakeDistributed())
+    optimizer: Any = SimpleNamespace(
+        working_to_master_map={nn.Parameter(torch.zeros(1)): None}, tp_pg=None, tp_size=1, pp_pg="pp", pp_size=2
+    )
+    assert hybrid_step._grad_norm(optimizer).item() == 0.0 and fake.groups == ["pp"]
 
 
 def test_tied_gradients_are_added_up_without_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:

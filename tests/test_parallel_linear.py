@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -14,13 +15,16 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
 from transformers import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
+import strategy
 from colossal_ext.mends import install_mends
 from colossal_ext.opt_policy import _attention_forward
 from colossal_ext.parallel_linear import ColumnParallelLinear, CopyingColumnParallelLinear, RowParallelLinear
+from model import compile_layers
 
 REPLACED: dict[str, Any] = {
     "q_proj": ColumnParallelLinear,
@@ -85,3 +89,17 @@ def test_a_layer_is_one_graph_that_exchanges_twice_in_each_direction(group):
     for ours, theirs in zip(output_and_gradients(compiled, x), output_and_gradients(divided, x), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert exchanges == [2, 2]
+
+
+@pytest.mark.skipif(not strategy._has_c_compiler(), reason="torch.compile needs a C compiler")
+def test_a_compiled_layer_makes_weights_gradients_while_it_exchanges(group):
+    _, divided = layers(group)
+    model: Any = nn.Sequential(divided)
+    model.loss_function = nn.functional.mse_loss
+    compile_layers(model)
+    _, (_, backward) = run_and_get_code(output_and_gradients, divided, torch.randn(2, 8, 32))
+    calls = re.findall(r"all_reduce_(?=\.default\()|wait_tensor(?=\.default\()|mm(?=\()", backward)
+    exchanges = [place for place, call in enumerate(calls) if call == "all_reduce_"]
+    between = [calls[place + 1 : calls.index("wait_tensor", place)] for place in exchanges]
+    # Those of fc1 and fc2, and of the attention's four.
+    assert [len(each) for each in between] == [2, 4], calls

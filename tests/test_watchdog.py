@@ -100,10 +100,10 @@ def test_nobody_watches_a_single_rank_or_without_a_timeout(timeout_s, world_size
 
 
 def test_in_training_a_rank_that_stands_still_is_shown_at_its_place(tmp_path):
-    harm = faults.planted("", faults.STAND_STILL)
+    harm = faults.harm_in_step(faults.STAND_STILL)
     run = faults.Run(tmp_path / "run", "--hang_timeout", str(TIMEOUT_S), planted=harm)
     run.wait_for_step(faults.BAD_STEP - 1)
     ended = run.finish()
     says = f"has been at step {faults.BAD_STEP} in forward"
     assert list(faults.end_problems(ended, [1], says)) == []
-    assert "rank 1 of 2" in ended.output and "in planted" in ended.output
+    assert "rank 1 of 2" in ended.output and "in harmed" in ended.output
