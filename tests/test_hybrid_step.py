@@ -34,10 +34,12 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make(precision: str = "bf16", *, optimizer: type[Any] = CompileFreeAdam, **options: Any) -> tuple[nn.Module, Any]:
+def make(
+    precision: str = "bf16", *, device: str = "cpu", optimizer: type[Any] = CompileFreeAdam, **options: Any
+) -> tuple[nn.Module, Any]:
     """Return a 16-bit model and what HybridParallel makes of its optimizer on one rank."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).to(DTYPES[precision])
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).to(device, DTYPES[precision])
     boosted = SimpleNamespace(stage_manager=None, shared_params=[])
     adam = optimizer(model.parameters(), lr=1e-2, weight_decay=0.1)
     return model, HybridParallelAMPOptimizer(
@@ -51,7 +53,7 @@ def train(model: nn.Module, optimizer: Any, step: Any, steps: int = 3) -> list[T
     for _ in range(steps):
         scale = optimizer.mixed_precision.pre_backward(torch.ones(()))
         for parameter in model.parameters():
-            parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
+            parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
         step(optimizer)
         optimizer.zero_grad()
     return [*optimizer.master_to_working_map, *model.parameters()]
@@ -59,8 +61,9 @@ def train(model: nn.Module, optimizer: Any, step: Any, steps: int = 3) -> list[T
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
-def test_a_step_is_upstreams(precision: str, max_norm: float) -> None:
-    ours, theirs = make(precision, max_norm=max_norm), make(precision, max_norm=max_norm)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_is_upstreams(device: str, max_norm: float, precision: str) -> None:
+    ours, theirs = (make(precision, device=device, max_norm=max_norm) for _ in range(2))
     pairs = zip(
         train(*ours, HybridParallelAMPOptimizer.step), train(*theirs, MixedPrecisionOptimizer.step), strict=True
     )
