@@ -53,12 +53,12 @@ LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 # are under way or about to be; host_updates.py: staging buffers.
 FLUSH_ELEMENTS = 2**25
 EXCHANGE_ELEMENTS = 2**26
-# colossal_ext/opt_policy.py: layers of a pipeline's graph, and their gradients, at most.
-GRAPH_LAYERS, GRAPH_BYTES = 5, 2**30
 EXCHANGES = 3
 BUCKETS = 8  # an exchange has this share of the parameters at most
 SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
+# colossal_ext/opt_policy.py: layers of a pipeline's graph, and their gradients, at most.
+GRAPH_LAYERS, GRAPH_BYTES = 5, 2**30
 
 Place = Literal["device", "host", "cast"]
 

@@ -50,9 +50,9 @@ START_LIMIT_S = 180.0  # until the event a fault waits for
 MARK = "CLM_FAULT_RUN"  # in the environment of every process of a run, so that none is overlooked
 CHECKPOINT_MIB = 41  # of tiny in fp32 with its two moments
 
-# Planted through sitecustomize.py into rank 1, in the embedding of tokens and positions: two calls a micro-batch.
 BAD_STEP = 2 * SAVE_STEPS
-# A schedule counts its making as a step, so that the first step is the one between its first and second.
+# Planted through sitecustomize.py into rank 1, in the embeddings of tokens and positions. A schedule counts its making as a
+# step, so that the first step is the one between its first and second.
 HARM_MODULE = """import os
 if os.environ.get("RANK") == "1":
     import torch
@@ -65,7 +65,6 @@ if os.environ.get("RANK") == "1":
 
     def harmed(self, *tokens):
         if len(steps) {when}:
-            {once}
             {harm}
         return forward(self, *tokens)
 
@@ -82,12 +81,12 @@ HANG_TIMEOUT_S = 6
 
 
 def harm_in_step(harm: str, step: int = BAD_STEP) -> str:
-    """Return the module that does harm to rank 1, in its first embedding of a step."""
-    return HARM_MODULE.format(when=f"== {step}", once="steps.append(0)", harm=harm)
+    """Return the module that does harm to rank 1, in the embeddings of a step."""
+    return HARM_MODULE.format(when=f"== {step}", harm=harm)
 
 
 def harm_in_all_steps(harm: str) -> str:
-    return HARM_MODULE.format(when="> 0", once="pass", harm=harm)
+    return HARM_MODULE.format(when="> 0", harm=harm)
 
 
 class NotPossible(Exception):

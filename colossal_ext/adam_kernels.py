@@ -17,6 +17,8 @@ from colossalai.zero.gemini import gemini_optimizer
 
 # Elements that a thread upcasts at a time: 256 KiB of fp32, which stay in its second-level cache.
 BLOCK_NUMEL_PER_THREAD = 1 << 16
+# Returns a parameter's gradient, and where the updated parameter goes as well.
+GradAndCopies = Callable[[torch.Tensor], tuple[torch.Tensor | None, Sequence[torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -327,23 +329,33 @@ class CompileFreeAdam(HybridAdam):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for (on_host, step), tensors in self._batches(group).items():
-                self.update(on_host, tensors, self.settings(group, step, div_scale))
+            self.update_group(group, lambda param: (param.grad, ()), div_scale)
         return loss
+
+    def update_group(
+        self,
+        group: dict[str, Any],
+        grad_and_copies: GradAndCopies,
+        div_scale: float | torch.Tensor = -1.0,
+    ) -> None:
+        """Update every parameter of a group that has a gradient."""
+        for (on_host, step), tensors in self._batches(group, grad_and_copies).items():
+            self.update(on_host, tensors, self.settings(group, step, div_scale))
 
     def update(self, on_host: bool, tensors: AdamTensors, settings: AdamSettings) -> None:
         """Update parameters and states in place, all on the host or all on the device."""
         (self.cpu_adam_op.update if on_host else update_device)(tensors, settings)
 
-    def _batches(self, group: dict[str, Any]) -> dict[tuple[bool, int], AdamTensors]:
+    def _batches(self, group: dict[str, Any], grad_and_copies: GradAndCopies) -> dict[tuple[bool, int], AdamTensors]:
         """Return the group's tensors by (on the host?, step number)."""
         batches: dict[tuple[bool, int], AdamTensors] = defaultdict(AdamTensors.empty)
         for param in group["params"]:
-            if param.grad is None:
+            grad, copies = grad_and_copies(param)
+            if grad is None:
                 continue
             state = self.advanced_state(param)
             key = (param.device.type == "cpu", int(state["step"]))
-            batches[key].append((param.grad.data, param.data, state["exp_avg"], state["exp_avg_sq"]))
+            batches[key].append((grad.data, param.data, state["exp_avg"], state["exp_avg_sq"], *copies))
         return batches
 
     def advanced_state(self, param: torch.Tensor) -> dict[str, Any]:

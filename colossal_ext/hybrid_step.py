@@ -12,7 +12,7 @@ from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelAMPOp
 from colossalai.tensor.d_tensor.api import is_distributed_tensor
 from torch import Tensor
 
-from .adam_kernels import AdamTensors, CompileFreeAdam
+from .adam_kernels import CompileFreeAdam
 from .grad_norm import clipping_divisor, global_norm
 from .upstream import require_mended_version
 
@@ -44,22 +44,13 @@ def _step(optimizer: HybridParallelAMPOptimizer, *args: Any, **kwargs: Any) -> N
         norm = _grad_norm(optimizer)
         optimizer._current_grad_norm = norm
         div_scale = div_scale * clipping_divisor(norm / div_scale, optimizer.max_norm)
-    for group in optimizer.optim.param_groups:
-        for (on_host, step), tensors in _batches(optimizer, group).items():
-            optimizer.optim.update(on_host, tensors, optimizer.optim.settings(group, step, div_scale))
 
-
-def _batches(optimizer: HybridParallelAMPOptimizer, group: dict[str, Any]) -> dict[tuple[bool, int], AdamTensors]:
-    """Return gradients, fp32 weights, moments and the model's weights by (on the host?, step number)."""
-    batches: dict[tuple[bool, int], AdamTensors] = defaultdict(AdamTensors.empty)
-    for master in group["params"]:
+    def grad_and_copy(master: Tensor) -> tuple[Tensor | None, tuple[Tensor]]:
         working = optimizer.master_to_working_map[master]
-        if working.grad is None:
-            continue
-        state = optimizer.optim.advanced_state(master)
-        key = (master.device.type == "cpu", int(state["step"]))
-        batches[key].append((working.grad, master, state["exp_avg"], state["exp_avg_sq"], working.data))
-    return batches
+        return working.grad, (working.data,)
+
+    for group in optimizer.optim.param_groups:
+        optimizer.optim.update_group(group, grad_and_copy, div_scale)
 
 
 def _grad_norm(optimizer: HybridParallelAMPOptimizer) -> Tensor:

@@ -72,13 +72,10 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(name, whole, resumed):
 
 def test_among_four_ranks_the_order_of_their_sums_is_repeated_as_well(tmp_path, run_many):
     """Two numbers have one sum; the order of four depends on the bucket that DistributedDataParallel puts them in."""
-    flags = ["--plugin", "torch_ddp", "--dropout", 0.1, "--per_device_train_batch_size", 1, *LENGTH.split()]
-    flags += [
-        "--model_name_or_path",
-        "tiny",
-        "--max_train_steps",
-        8,
-    ]  # more than a bucket; a last bit takes time to show
+    own = (
+        "--plugin torch_ddp --dropout 0.1 --per_device_train_batch_size 1 --model_name_or_path tiny --max_train_steps 8"
+    )
+    flags = [*LENGTH.split(), *own.split()]  # tiny is more than a bucket; a last bit takes time to show
     whole = run_many(tmp_path, {"whole": flags}, world=4)["whole"]
     assert whole.code == 0, whole.output
     more = [*flags, "--resume_from_checkpoint", checkpoint_of(whole, 2)]

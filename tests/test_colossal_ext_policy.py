@@ -56,7 +56,7 @@ def test_the_released_vocabulary_divides_without_padding(tp_size: int) -> None:
     assert opt_policy.opt_layout_problems(config, tp_size=tp_size, num_stages=1) == []
 
 
-def policy_for(stages: Any = None, **shard_options: Any) -> Any:
+def policy_for(stages: Any = None, model: Any = None, **shard_options: Any) -> Any:
     options = {
         "tensor_parallel_size": 1,
         "pipeline_stage_manager": stages,
@@ -65,7 +65,7 @@ def policy_for(stages: Any = None, **shard_options: Any) -> Any:
         "parallel_output": True,
     }
     policy = opt_policy.OPTCausalLMPolicy()
-    policy.set_model(OPTForCausalLM(tiny_config()))
+    policy.set_model(model or OPTForCausalLM(tiny_config()))
     policy.set_shard_config(SimpleNamespace(**(options | shard_options)))
     return policy
 
@@ -185,20 +185,13 @@ def test_layers_that_are_recomputed_stay_by_themselves(monkeypatch: pytest.Monke
 
 
 def test_any_model_is_left_as_it_is_without_a_layout() -> None:
-    policy = opt_policy.OPTCausalLMPolicy()
-    policy.set_model(
-        LlamaForCausalLM(
-            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        )
-    )
-    policy.set_shard_config(
-        SimpleNamespace(
-            tensor_parallel_size=1,
-            pipeline_stage_manager=None,
-            enable_sequence_parallelism=False,
-            parallel_output=True,
-            make_vocab_size_divisible_by=1,
-        )
-    )
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    policy = policy_for(model=LlamaForCausalLM(LlamaConfig(**sizes)))
     policy.preprocess()
     assert policy.module_policy() == {} and policy.get_shared_params() == []
