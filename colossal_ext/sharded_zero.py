@@ -32,6 +32,8 @@ BUCKET_NUMEL = 2**26
 BUCKETS = 8
 # Exchanges of gradients, and of parameters, that are under way while the device computes.
 MAX_IN_FLIGHT = 2
+# A parameter of as many elements is exchanged from and to its own memory; smaller ones in a copy of them all.
+OWN_NUMEL = 2**18
 
 
 class ShardedZeroPlugin(LocalZeroPlugin):
@@ -95,9 +97,20 @@ class Bucket:
         self.present: set[nn.Parameter] = set()
         self.on_their_way: list[Tensor] = []
         self.whole: dict[nn.Parameter, Tensor] = {}
-        self._received: Tensor | None = None  # (numel,) and (ranks, numel), until `_work` is done
-        self._exchanged: Tensor | None = None
+        self._pieces = list(self._cut())
+        self._received: Tensor | None = None  # (numel,), and (ranks, size) of each piece, until `_work` is done
+        self._exchanged: list[Tensor] = []
         self._work: Any = None
+
+    def _cut(self) -> Iterator[tuple[list[nn.Parameter], slice]]:
+        """Yield what one collective exchanges, and where it stands in `shares`: a large parameter, or small ones."""
+        begin = 0
+        numbered = enumerate(zip(self.parameters, self.sizes, strict=True))
+        for _, together in groupby(numbered, key=lambda each: each[0] if each[1][0].numel() >= OWN_NUMEL else None):
+            parameters, sizes = zip(*(each for _, each in together), strict=True)
+            end = begin + sum(sizes)
+            yield list(parameters), slice(begin, end)
+            begin = end
 
     def take(self, masters: Tensor, device: torch.device, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
         """Fill `masters` from the parameters, turn these into `dtype` on the device, and return their parts of it."""
@@ -123,28 +136,34 @@ class Bucket:
     def scatter(self) -> None:
         """Send the gradients that are there, which are then gone; no gradient counts as zeros."""
         self.num_missing = len(self.parameters)
+        self._exchanged = [self._to_send(parameters) for parameters, _ in self._pieces]
+        self._received = self._exchanged[0].new_empty(self.numel)
+        mean = dist.ReduceOp.AVG
+        if self._received.device.type == "cpu":  # gloo has no mean
+            self._exchanged, mean = [sent / self.num_ranks for sent in self._exchanged], dist.ReduceOp.SUM
+        with dist._coalescing_manager(async_ops=True) as self._work:
+            for sent, (_, part) in zip(self._exchanged, self._pieces, strict=True):
+                dist.reduce_scatter_tensor(self._received[part], sent.view(-1), op=mean)
+
+    def _to_send(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Return gradients as (ranks, size), and forget them; of one parameter its own memory."""
         grads = []
-        for parameter, whole in self.whole.items():
+        for parameter in parameters:
             if parameter.grad is None:
-                grads.append(torch.zeros_like(whole))
+                grads.append(torch.zeros_like(self.whole[parameter]))
                 continue
             grads.append(padded(parameter.grad.contiguous().view(-1), self.num_ranks))
             parameter.grad = None
             self.present.add(parameter)
-        sent = torch.cat(grads, dim=1)
-        mean = dist.ReduceOp.AVG
-        if sent.device.type == "cpu":  # gloo has no mean
-            sent, mean = sent.div_(self.num_ranks), dist.ReduceOp.SUM
-        shares = sent.new_empty(self.numel)
-        self._work = dist.reduce_scatter_tensor(shares, sent.view(-1), op=mean, async_op=True)
-        self._exchanged, self._received = sent, shares  # kept for as long as they are in use
+        return torch.cat(grads, dim=1) if len(grads) > 1 else grads[0]
 
     def receive(self) -> None:
         """Put the mean gradients into `shares`, or add them to those of an earlier micro-batch."""
         self._work.wait()
         assert self._received is not None, "scattered before"
         self.shares = self._received if self.shares is None else self.shares.add_(self._received)
-        self._work = self._exchanged = self._received = None
+        self._work = self._received = None
+        self._exchanged.clear()
 
     # Parameters
 
@@ -153,17 +172,27 @@ class Bucket:
         return self._work is not None
 
     def send_for(self) -> None:
-        """Begin to gather the new weights, which are in `shares`."""
+        """Begin to gather the new weights, which are in `shares`; no earlier pass may read the parameters any more."""
         assert self.shares is not None, "updated before"
-        self._exchanged = self.shares.new_empty(self.num_ranks, self.numel)
-        self._work = dist.all_gather_into_tensor(self._exchanged.view(-1), self.shares, async_op=True)
+        with dist._coalescing_manager(async_ops=True) as self._work:
+            for parameters, part in self._pieces:
+                share = self.shares[part]
+                if len(parameters) == 1:
+                    gathered = self.whole[parameters[0]]
+                else:
+                    gathered = share.new_empty(self.num_ranks, share.numel())
+                    self._exchanged.append(gathered)
+                dist.all_gather_into_tensor(gathered.view(-1), share)
 
     def arrive(self) -> None:
         """Put the gathered weights into the parameters."""
         self._work.wait()
-        assert self._exchanged is not None, "sent for before"
-        torch.split_with_sizes_copy(self._exchanged, self.sizes, dim=1, out=list(self.whole.values()))
-        self._work = self._exchanged = self.shares = None
+        copied = [parameters for parameters, _ in self._pieces if len(parameters) > 1]
+        for parameters, gathered in zip(copied, self._exchanged, strict=True):
+            whole = [self.whole[parameter] for parameter in parameters]
+            torch.split_with_sizes_copy(gathered, [each.shape[1] for each in whole], dim=1, out=whole)
+        self._work = self.shares = None
+        self._exchanged.clear()
 
 
 class ShardedWeights(MasterWeights):

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,18 +80,18 @@ class Exchange:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
+        together = nullcontext(SimpleNamespace(wait=lambda: None))
+        monkeypatch.setattr(sharded_zero.dist, "_coalescing_manager", lambda **_: together)
         monkeypatch.setattr(sharded_zero.dist, "reduce_scatter_tensor", self.reduce_scatter)
         monkeypatch.setattr(sharded_zero.dist, "all_gather_into_tensor", self.all_gather)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, **_: Any) -> SimpleNamespace:
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
         self.calls.append("scatter")
         output.copy_(2 * input.chunk(2)[0])
-        return SimpleNamespace(wait=lambda: None)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor, **_: Any) -> SimpleNamespace:
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
         self.calls.append("gather")
         output.copy_(torch.cat([input, input + 100]))
-        return SimpleNamespace(wait=lambda: None)
 
 
 def bucket_of(made: list[nn.Parameter]) -> tuple[Bucket, dict[nn.Parameter, torch.Tensor]]:
@@ -98,8 +99,10 @@ def bucket_of(made: list[nn.Parameter]) -> tuple[Bucket, dict[nn.Parameter, torc
     return bucket, bucket.take(torch.empty(bucket.numel), torch.device("cpu"), torch.float32)
 
 
-def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch):
-    Exchange(monkeypatch)
+@pytest.mark.parametrize(("own_numel", "exchanges"), [(5, 1), (4, 2), (1, 2)])
+def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch, own_numel, exchanges):
+    exchange = Exchange(monkeypatch)
+    monkeypatch.setattr(sharded_zero, "OWN_NUMEL", own_numel)
     made = parameters(4, 3)
     bucket, masters = bucket_of(made)
     assert [masters[each].tolist() for each in made] == [[0, 1], [0, 1]]
@@ -112,6 +115,23 @@ def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch):
     bucket.send_for()
     bucket.arrive()
     assert [each.tolist() for each in made] == [[1, 2, 101, 102], [5, 6, 105]]
+    assert exchange.calls == ["scatter"] * exchanges + ["gather"] * exchanges
+
+
+def test_a_large_parameter_is_exchanged_in_its_own_memory(monkeypatch):
+    Exchange(monkeypatch)
+    monkeypatch.setattr(sharded_zero, "OWN_NUMEL", 4)
+    made = parameters(4, 2, 2)
+    bucket, _ = bucket_of(made)
+    for parameter in made:
+        parameter.grad = torch.ones_like(parameter)
+    large = made[0].grad
+    assert large is not None
+    sent = [bucket._to_send(together) for together, _ in bucket._pieces]
+    assert [each.shape for each in sent] == [(2, 2), (2, 2)] and sent[0].data_ptr() == large.data_ptr()
+    bucket.shares = torch.zeros(4)
+    bucket.send_for()
+    assert len(bucket._exchanged) == 1 and made[0].tolist() == [0, 0, 100, 100]
 
 
 def test_weights_cast_as_they_are_drawn_give_the_same_share_and_parameter():
