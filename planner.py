@@ -52,7 +52,7 @@ LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 # colossal_ext/local_zero.py: gradients collected before a launch; sharded_zero.py: before an exchange, of which so many
 # are under way or about to be; host_updates.py: staging buffers.
 FLUSH_ELEMENTS = 2**25
-EXCHANGE_ELEMENTS = 2**26
+EXCHANGE_ELEMENTS = 2**27
 EXCHANGES = 3
 BUCKETS = 8  # an exchange has this share of the parameters at most
 SLOT_ELEMENTS = 2**25
@@ -144,6 +144,7 @@ class PlanRequest:
     Args:
         batch_size: rows of one micro-batch of a replica (the GPUs that hold one copy of the model).
         num_microbatches: pieces the pipeline cuts it into.
+        pp_chunks: parts of the model that a stage has; 2: an interleaved schedule.
         accumulation_steps: micro-batches a step.
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
@@ -166,6 +167,7 @@ class PlanRequest:
     tp: int = 1
     pp: int = 1
     num_microbatches: int = 1
+    pp_chunks: int = 1
     accumulation_steps: int = 1
     checkpointed_layers: int = 0
     offload_optim_frac: float = 0.0
@@ -380,7 +382,7 @@ def _low_level_zero_states(request: PlanRequest) -> States:
     shares = 0 if request.step_in_backward else item * p // dp
     if dp > 1:
         bucket = min(EXCHANGE_ELEMENTS, p // BUCKETS)
-        gradients = shares + item * (EXCHANGES * (bucket + bucket // dp) + 2 * embedding)
+        gradients = shares + item * (EXCHANGES * (bucket + bucket // dp) + embedding)
     else:
         gradients = min(item * p, item * (FLUSH_ELEMENTS + embedding)) if request.step_in_backward else item * p
     kept = (item * p // (dp if request.zero_stage == 2 else 1)) if request.accumulates else 0
@@ -505,12 +507,14 @@ def _activations(request: PlanRequest) -> Activations:
     tokens = request.batch_size * request.block_size // request.num_microbatches
     if request.pp == 1:
         return _stage_activations(request, tokens, in_flight=1, has_head=True)
-    first = _stage_activations(request, tokens, in_flight=min(request.pp, request.num_microbatches), has_head=False)
+    # Before its first backward pass a stage of two chunks has made 3 p - 1 forward passes of one of them.
+    waiting = request.pp if request.pp_chunks == 1 else (3 * request.pp - 1) / 2
+    first = _stage_activations(request, tokens, in_flight=min(waiting, request.num_microbatches), has_head=False)
     last = _stage_activations(request, tokens, in_flight=1, has_head=True)
     return max(first, last, key=lambda stage: stage.saved + max(stage.logits, stage.first_layer))
 
 
-def _stage_activations(request: PlanRequest, tokens: int, *, in_flight: int, has_head: bool) -> Activations:
+def _stage_activations(request: PlanRequest, tokens: int, *, in_flight: float, has_head: bool) -> Activations:
     shape = request.shape
     checkpointed = min(request.checkpointed_layers, shape.num_layers)
     per_layer, per_input = layer_activation_bytes(request), _residual_bytes(request)
@@ -524,7 +528,7 @@ def _stage_activations(request: PlanRequest, tokens: int, *, in_flight: int, has
     gradients = 2 * request.item_bytes * shape.ffn_width // request.tp
     recomputed = per_layer - per_input if checkpointed == shape.num_layers else 0
     return Activations(
-        saved=in_flight * tokens * layers + tokens * head + _cast_bytes(request, checkpointed),
+        saved=int(in_flight * tokens * layers) + tokens * head + _cast_bytes(request, checkpointed),
         logits=tokens * shape.vocab_size * logit_bytes // request.tp if has_head else 0,
         first_layer=tokens * (gradients + recomputed),
         last_layer=tokens * (gradients + per_layer),
@@ -774,6 +778,7 @@ def work(request: PlanRequest) -> Work:
         replica_size=replica,
         stages=request.pp,
         pieces=request.num_microbatches,
+        chunks=request.pp_chunks,
         compiled=request.compiled,
     )
 
@@ -824,6 +829,7 @@ def _requests(
             zero_stage=zero_stage,
             tp=args.tp,
             pp=args.pp,
+            pp_chunks=2 if is_pipeline and args.pp_schedule == "interleaved" else 1,
             accumulation_steps=args.gradient_accumulation_steps,
             offload_optim_frac=setting.offload_optim_frac,
             offload_param_frac=setting.offload_param_frac,
@@ -838,7 +844,8 @@ def _requests(
 
 def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:
     """Yield a pipeline's request with its batch cut into each of these numbers, off: all open to choice, most first."""
-    for number in reversed(numbers or microbatch_numbers(request.batch_size, request.pp)):
+    interleaved = request.pp_chunks > 1
+    for number in reversed(numbers or microbatch_numbers(request.batch_size, request.pp, interleaved=interleaved)):
         yield replace(request, num_microbatches=number)
 
 

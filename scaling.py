@@ -23,18 +23,20 @@ ORIGIN = (
 MATRIX_FLOPS = 787e12  # measured: bf16, 8192^3
 PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
 # Share of MATRIX_FLOPS that forward and backward reach: compiled, on one H200, between 1.3b (batch 8 x 1024) and 6.7b
-# (batch 4, recomputed), which lie 4 to 9 % to either side (2026-11-27); as they stand: ASSUMPTION.
+# (batch 4, recomputed), which lie 4 to 9 % to either side (2026-11-27); hybrid_parallel: 13b under tp 2 x pp 2 on four,
+# 1F1B and interleaved, which lie 1 % to either side (2026-11-28); as they stand: ASSUMPTION.
 COMPILED_SHARE = {
     "low_level_zero": 0.72,
     "torch_ddp": 0.68,
     "torch_ddp_fp16": 0.6,
     "gemini": 0.65,
-    "hybrid_parallel": 0.6,
+    "hybrid_parallel": 0.72,
 }
 EAGER_SHARE = 0.5
-# Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: DDP of 1.3b on 2 and 4 H200, and
-# LowLevelZero of 6.7b on 4 (2026-11-27).
+# Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: DDP of 1.3b on 2 and 4 H200
+# (2026-11-27); LowLevelZero, which exchanges half as much in few large parts: 6.7b and 13b on 4 (2026-11-28).
 BESIDE_NCCL = 1.13
+BESIDE_FEW_EXCHANGES = 1.04
 # Forward passes made again, over what their operations would take at that rate: 6.7b, batch 4, on one H200 407.7 for 316.3
 # ms (0.86), 13b, batch 4, on four 770.3 for 644.3 and 651.7 (0.6; 2026-11-27).
 RECOMPUTED = 0.7
@@ -49,7 +51,7 @@ HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the ho
 UPDATE_BYTES = 3 * 8 + 2 + 2
 # The last bucket meets no more backward pass to hide behind: torch's default, and colossal_ext/sharded_zero.py's.
 DDP_BUCKET_BYTES = 25 * 2**20
-ZERO_BUCKET_BYTES = 128 * 2**20
+ZERO_BUCKET_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,8 @@ def _step(request: PlanRequest, machines: Machines) -> Step:
     gradients_s, weights_s = _exchange_s(request, along["dp"], forward_s, backward_s)
     layers_s = _layers_s(request, along["tp"])
     stages_s = _stages_s(request, along["pp"])
-    # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works.
-    idle = (request.pp - 1) / request.num_microbatches
+    # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works; of an interleaved one half of that.
+    idle = (request.pp - 1) / (request.num_microbatches * request.pp_chunks)
     share = stage_params(request) / _state_shards(request)
     return Step(
         compute=compute_s,
@@ -194,7 +196,8 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size / (request.tp * request.pp)
     rate = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
-    beside_nccl = BESIDE_NCCL if request.compiled and request.dp_size > 1 else 1.0
+    slowdown = BESIDE_FEW_EXCHANGES if request.plugin == "low_level_zero" else BESIDE_NCCL
+    beside_nccl = slowdown if request.compiled and request.dp_size > 1 else 1.0
     forward_s = tokens * flops.model / 3 / rate * beside_nccl
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
     backward_s = 2 * forward_s + recompute_s
@@ -251,12 +254,12 @@ def _layers_s(request: PlanRequest, group: Group) -> float:
 
 
 def _stages_s(request: PlanRequest, group: Group) -> float:
-    """Return the seconds in which a stage sends its output on and a gradient back, for every micro-batch."""
+    """Return the seconds in which a stage sends its chunks' outputs on and gradients back, for every micro-batch."""
     if group.size == 1:
         return 0.0
     num_bytes = 2 * request.batch_size * request.block_size * request.shape.hidden_size * request.item_bytes
     link = NIC_BYTES_S if group.size > group.local else NVLINK_BYTES_S[2]
-    return num_bytes / link + 2 * request.num_microbatches * LATENCY_S
+    return request.pp_chunks * (num_bytes / link + 2 * request.num_microbatches * LATENCY_S)
 
 
 def _host_s(request: PlanRequest, num_params: float, ranks: int) -> float:
@@ -292,7 +295,7 @@ def best(job: Job, machines: Machines, plugin: str) -> Prediction | None:
 
 
 def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]:
-    """Yield the settings of a plugin: without and with recompute, ZeRO stages, and tp (inside a machine) x pp."""
+    """Yield the settings of a plugin: without and with recompute, ZeRO stages, tp (inside a machine) x pp, schedules."""
     base = PlanRequest(
         job.shape, plugin, "bf16", machines.world_size, job.rows, job.block_size, gpu_gib=job.gpu_gib,
         processes_per_host=machines.gpus, dropout=job.dropout, random_weights=True,
@@ -312,7 +315,12 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                     checkpointed_layers=recomputed,
                     compiled=True,
                 )
-                yield from in_pieces(setting) if pp > 1 else [setting]
+                if pp == 1:
+                    yield setting
+                    continue
+                yield from in_pieces(setting)
+                if job.shape.num_layers % (2 * pp) == 0:
+                    yield from in_pieces(replace(setting, pp_chunks=2))
 
 
 def _layouts(shape: ModelShape, machines: Machines) -> Iterator[tuple[int, int]]:
@@ -336,6 +344,7 @@ def setting_of(request: PlanRequest) -> str:
     """Return the flags of a setting, shortened."""
     parts = [request.plugin]
     parts += [f"tp {request.tp}"] * (request.tp > 1) + [f"pp {request.pp}"] * (request.pp > 1)
+    parts += [f"{request.num_microbatches} pieces"] * (request.pp > 1) + ["interleaved"] * (request.pp_chunks > 1)
     parts += [f"ZeRO {request.zero_stage}"] * (request.zero_stage > 0)
     parts += ["recompute"] * (request.checkpointed_layers > 0)
     return ", ".join(parts)

@@ -74,6 +74,7 @@ class Work:
         gpu_states, host_states: parameters that this GPU, and the whole host, update.
         host_parameters: parameters that come from the host when they are needed.
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
+        chunks: parts of the model that a stage has.
         compiled: its layers.
     """
 
@@ -94,12 +95,13 @@ class Work:
     replica_size: int = 1
     stages: int = 1
     pieces: int = 1
+    chunks: int = 1
     compiled: bool = True
 
     @property
     def bubble(self) -> float:
         """Time that a pipeline's stages wait, over the time they work."""
-        return (self.stages - 1) / self.pieces
+        return (self.stages - 1) / (self.pieces * self.chunks)
 
 
 @dataclass(frozen=True)

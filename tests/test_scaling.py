@@ -15,7 +15,7 @@ from args import TrainArgs, problems
 from benchmarks import scaling as page
 from conftest import ROOT
 from opt_sizes import OPT_SHAPES
-from planner import PlanRequest, model_shape
+from planner import GIB, PlanRequest, model_shape
 from scaling import NIC_BYTES_S, NVLINK_BYTES_S, Group, Job, Machines, groups, predict
 
 SHAPE = model_shape(OPT_SHAPES["1.3b"])
@@ -66,6 +66,32 @@ def test_what_was_measured_is_met_within_15_percent(plugin, gpus, changes, token
     assert prediction.tokens_per_s == pytest.approx(tokens_per_s, rel=0.15)
 
 
+# Four H200, 2026-11-28, batch 4 a GPU: tokens/s, GiB allocated (benchmarks/results/gpus.md).
+LARGE = [
+    ("6.7b", "low_level_zero", {"batch_size": 4, "zero_stage": 1}, 51_865, 44.9),
+    ("13b", "low_level_zero", {"batch_size": 4, "zero_stage": 1}, 26_913, 81.4),
+    ("13b", "hybrid_parallel", {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8}, 22_000, 56.5),
+    (
+        "13b",
+        "hybrid_parallel",
+        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8, "pp_chunks": 2},
+        22_980,
+        58.3,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "plugin", "changes", "tokens_per_s", "gib"), LARGE)
+def test_large_models_are_met_within_5_percent(model, plugin, changes, tokens_per_s, gib):
+    shape = model_shape(OPT_SHAPES[model])
+    prediction = predict(
+        request(plugin, 4, **{"shape": shape, "gpu_gib": 139.8, "zero_stage": 0} | changes), Machines(4)
+    )
+    assert prediction.tokens_per_s == pytest.approx(tokens_per_s, rel=0.05)
+    allocated = prediction.plan.total_bytes - prediction.plan.device_bytes.framework
+    assert allocated / GIB == pytest.approx(gib, rel=0.05)
+
+
 def test_an_all_reduce_of_1_gib_runs_at_the_measured_bus_bandwidth():
     for size, bus in NVLINK_BYTES_S.items():
         seconds = Group(size, size).all_reduce_s(2**30, calls=0)
@@ -88,6 +114,19 @@ def test_a_pipeline_without_communication_is_idle_for_p_minus_1_of_m_plus_p_minu
     setting = request("hybrid_parallel", 4, pp=4, num_microbatches=8, batch_size=32, zero_stage=0)
     step = predict(setting, Machines(4)).step
     assert step.bubble / (step.bubble + step.compute) == pytest.approx(3 / (8 + 3))
+
+
+def test_an_interleaved_pipeline_waits_half_as_long_sends_twice_and_holds_more():
+    settings = [
+        request("hybrid_parallel", 4, pp=4, num_microbatches=8, batch_size=32, zero_stage=0, pp_chunks=chunks)
+        for chunks in (1, 2)
+    ]
+    plain, interleaved = (predict(setting, Machines(4)) for setting in settings)
+    assert interleaved.step.bubble == pytest.approx(plain.step.bubble / 2)
+    assert interleaved.step.stages == pytest.approx(plain.step.stages * 2)
+    activations = [each.plan.device_bytes.activations for each in (plain, interleaved)]
+    assert activations[1] == pytest.approx(activations[0] * 5.5 / 4, rel=0.1)  # pieces: 4, and 11 of half a stage
+    assert scaling.setting_of(settings[1]) == "hybrid_parallel, pp 4, 8 pieces, interleaved"
 
 
 def test_gradients_hide_behind_a_long_backward_pass_but_for_the_last_bucket(monkeypatch):
@@ -184,7 +223,7 @@ def test_a_measured_run_stands_beside_the_prediction_of_its_own_settings(tmp_pat
     assert run.prediction.tokens_per_s == pytest.approx(expected)
     assert run.error == pytest.approx(expected / 100_000 - 1)
     text = page.measured_text([run])
-    assert "| 1.3b, low_level_zero, ZeRO 1 | NVIDIA H100 80GB HBM3 | 2 | 100,000 | 11" in text
+    assert "| 1.3b, low_level_zero, ZeRO 1 | NVIDIA H100 80GB HBM3 | 2 | 100,000 | 12" in text
     assert text.endswith(f"The largest error of 1 runs is {abs(run.error):.0%}.") and abs(run.error) > 0.1
 
 
