@@ -338,15 +338,9 @@ def _states(request: PlanRequest) -> States:
 
 
 def _ddp_states(request: PlanRequest) -> States:
-    """DDP replicates 16 bytes a parameter; gradients live in its buckets, which stay (gradient_as_bucket_view).
-
-    On a GPU the first buckets are still there when others are made of them before the second step, as measured with
-    hybrid_parallel. On one rank (colossal_ext/local_ddp.py) there are no buckets.
-    """
+    """DDP replicates 16 bytes a parameter; gradients are exchanged where they are (colossal_ext/data_parallel.py)."""
     p = stage_params(request)
-    buckets = 0 if request.world_size == 1 else 1 if request.on_cpu else 2
-    kept = 4 * p * max(buckets, int(request.accumulates))
-    return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
+    return States(4 * p, 4 * p * int(request.accumulates), 4 * p, 4 * p, 0, 8 * p, 0)
 
 
 def _zero_states(request: PlanRequest) -> States:

@@ -180,6 +180,18 @@ def start_process_group(runtime: Runtime, *, timeout_s: int, allocator_bytes: fl
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **rendezvous)
 
 
+def settle_kernels(*, deterministic: bool) -> None:
+    """Choose, before the first of them runs, GPU kernels that give the same bits again, or the fastest.
+
+    Of those that OPT needs only attention's backward pass differs: the fast ones add up dQ in any order.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
+    torch.use_deterministic_algorithms(deterministic)
+    # Nothing here reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def quiet_third_parties(runtime: Runtime) -> None:
     """Silence import-time chatter, and progress bars where nobody watches them redraw.
 

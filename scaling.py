@@ -49,9 +49,10 @@ PINNED_BYTES_S = 54e9  # measured: host to device, and back
 HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
 # An update reads and writes fp32 weight and two moments, reads a 16-bit gradient, writes a 16-bit weight.
 UPDATE_BYTES = 3 * 8 + 2 + 2
-# The last bucket meets no more backward pass to hide behind: torch's default, and colossal_ext/sharded_zero.py's.
+# The last bucket meets no more backward pass to hide behind: DistributedDataParallel's default, and that of
+# colossal_ext/sharded_zero.py and data_parallel.py.
 DDP_BUCKET_BYTES = 25 * 2**20
-ZERO_BUCKET_BYTES = 256 * 2**20
+OWN_BUCKET_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,14 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
         return 0.0, 0.0
     num_params, item = stage_params(request), request.item_bytes
     gradient_bytes = num_params * (4 if request.plugin.startswith("torch_ddp") else item)
-    is_zero = request.plugin == "low_level_zero"
+    is_zero, is_ddp = request.plugin == "low_level_zero", request.plugin.startswith("torch_ddp")
     scatters = is_zero or request.plugin == "gemini" or request.zero_stage == 2
-    calls = math.ceil(gradient_bytes / (ZERO_BUCKET_BYTES if is_zero else DDP_BUCKET_BYTES))
+    calls = math.ceil(gradient_bytes / (OWN_BUCKET_BYTES if is_zero or is_ddp else DDP_BUCKET_BYTES))
     exchange = group.gather_s if scatters else group.all_reduce_s
     whole_s = exchange(gradient_bytes, calls=calls)
-    # LowLevelZero's last bucket, and the first one that the next forward pass wants, is the embedding.
-    embedding_bytes = request.shape.vocab_size * request.shape.embed_dim * item
-    last_s = exchange(embedding_bytes) if is_zero else whole_s / calls
+    # Our last bucket, and the first one that LowLevelZero's next forward pass wants, is the embedding.
+    embedding_share = request.shape.vocab_size * request.shape.embed_dim / num_params
+    last_s = exchange(gradient_bytes * embedding_share) if is_zero or is_ddp else whole_s / calls
     hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s - last_s)
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
     weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)

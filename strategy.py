@@ -454,13 +454,9 @@ def _mixed_precision(args: TrainArgs, runtime: Runtime) -> Any:
 
 
 def _torch_ddp(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
-    from colossalai.booster.plugin import TorchDDPPlugin
+    from colossal_ext.data_parallel import DataParallelPlugin
 
-    from colossal_ext.local_ddp import LocalDDPPlugin
-
-    if runtime.world_size == 1:
-        return LocalDDPPlugin()
-    return TorchDDPPlugin(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DataParallelPlugin()
 
 
 def _low_level_zero(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:

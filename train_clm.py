@@ -119,6 +119,7 @@ def run(args: TrainArgs, process: Runtime) -> int:
 
     runtime.quiet_third_parties(process)
     runtime.check_versions()
+    runtime.settle_kernels(deterministic=args.deterministic)
     if args.export:
         return export(args, Path(args.export))
     args = settle_resume(args)

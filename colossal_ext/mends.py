@@ -8,6 +8,7 @@ from .gemini_host import install_gemini_host_chunks
 from .gemini_overflow import install_gemini_overflow_mend
 from .gemini_placement import install_exact_placement
 from .host_accelerator import install_host_accelerator
+from .hybrid_gradients import install_hybrid_gradients_mend
 from .hybrid_step import install_hybrid_step_mend
 from .loss_scale import install_loss_scale_mend
 from .pipeline_barrier import install_pipeline_barrier_mend
@@ -30,6 +31,7 @@ def install_mends(*, on_cpu: bool) -> None:
         install_gemini_device_chunks()
     install_exact_placement()
     install_gemini_overflow_mend()
+    install_hybrid_gradients_mend()
     install_hybrid_step_mend()
     install_loss_scale_mend()
     install_pipeline_barrier_mend()

@@ -12,7 +12,7 @@ Shares are upstream's: an equal part of every flat parameter.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 from weakref import proxy
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adam_kernels import CompileFreeAdam
+from .exchanges import in_parts, in_pieces, together, wait_for
 from .local_zero import LocalZeroOptimizer, LocalZeroPlugin, MasterWeights, groups_of, offloaded
 from .pinned import pinned_empty
 
@@ -32,8 +33,6 @@ BUCKET_NUMEL = 2**27
 BUCKETS = 8
 # Exchanges of gradients, and of parameters, that are under way while the device computes.
 MAX_IN_FLIGHT = 2
-# A parameter of as many elements is exchanged from and to its own memory; smaller ones in a copy of them all.
-OWN_NUMEL = 2**18
 
 
 class ShardedZeroPlugin(LocalZeroPlugin):
@@ -103,13 +102,11 @@ class Bucket:
         self._works: list[Any] = []
 
     def _cut(self) -> Iterator[tuple[list[nn.Parameter], slice]]:
-        """Yield what one collective exchanges, and where it stands in `shares`: a large parameter, or small ones."""
-        begin = 0
-        numbered = enumerate(zip(self.parameters, self.sizes, strict=True))
-        for _, piece in groupby(numbered, key=lambda each: each[0] if each[1][0].numel() >= OWN_NUMEL else None):
-            parameters, sizes = zip(*(each for _, each in piece), strict=True)
-            end = begin + sum(sizes)
-            yield list(parameters), slice(begin, end)
+        """Yield what one tensor of an exchange holds, and where it stands in `shares`."""
+        begin, sizes = 0, iter(self.sizes)
+        for piece in in_pieces(self.parameters):
+            end = begin + sum(islice(sizes, len(piece)))
+            yield piece, slice(begin, end)
             begin = end
 
     def take(self, masters: Tensor, device: torch.device, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
@@ -142,7 +139,8 @@ class Bucket:
         if self._received.device.type == "cpu":  # gloo has no mean
             self._exchanged, mean = [sent / self.num_ranks for sent in self._exchanged], dist.ReduceOp.SUM
         shares = [self._received[part] for _, part in self._pieces]
-        self._works = together(dist.reduce_scatter_tensor, shares, self._exchanged, op=mean)
+        sent = [each.view(-1) for each in self._exchanged]
+        self._works = together(dist.reduce_scatter_tensor, shares, sent, op=mean)
 
     def _to_send(self, parameters: list[nn.Parameter]) -> Tensor:
         """Return gradients as (ranks, size), and forget them; of one parameter its own memory."""
@@ -158,7 +156,7 @@ class Bucket:
 
     def receive(self) -> None:
         """Put the mean gradients into `shares`, or add them to those of an earlier micro-batch."""
-        self._wait()
+        wait_for(self._works)
         assert self._received is not None, "scattered before"
         self.shares = self._received if self.shares is None else self.shares.add_(self._received)
         self._received = None
@@ -178,35 +176,18 @@ class Bucket:
             self.whole[parameters[0]] if len(parameters) == 1 else share.new_empty(self.num_ranks, share.numel())
             for (parameters, _), share in zip(self._pieces, shares, strict=True)
         ]
-        self._works, self._exchanged = together(dist.all_gather_into_tensor, gathered, shares), gathered
+        self._works = together(dist.all_gather_into_tensor, [each.view(-1) for each in gathered], shares)
+        self._exchanged = gathered
 
     def arrive(self) -> None:
         """Put the gathered weights into the parameters."""
-        self._wait()
+        wait_for(self._works)
         for (parameters, _), gathered in zip(self._pieces, self._exchanged, strict=True):
             if len(parameters) > 1:
                 whole = [self.whole[parameter] for parameter in parameters]
                 torch.split_with_sizes_copy(gathered, [each.shape[1] for each in whole], dim=1, out=whole)
         self.shares = None
         self._exchanged.clear()
-
-    def _wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works.clear()
-
-
-def together(
-    collective: Callable[..., Any], outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options: Any
-) -> list[Any]:
-    """Begin a collective of each output and input, on GPUs all in one launch, and return what is to be waited for."""
-    pairs = [(output.view(-1), input.view(-1)) for output, input in zip(outputs, inputs, strict=True)]
-    if pairs[0][0].device.type == "cpu":  # gloo's coalesced all-gather writes where it must not (torch 2.13.0)
-        return [collective(*pair, async_op=True, **options) for pair in pairs]
-    with dist._coalescing_manager(async_ops=True) as work:
-        for pair in pairs:
-            collective(*pair, **options)
-    return [work]
 
 
 class ShardedWeights(MasterWeights):
@@ -238,8 +219,8 @@ class ShardedWeights(MasterWeights):
                 rank=dist.get_rank(),
                 num_ranks=dist.get_world_size(),
             )
-            for on_host, together in groupby(reversed(parameters), key=lambda each: each in self.on_host)
-            for part in _parts(together, bucket_numel)
+            for on_host, neighbours in groupby(reversed(parameters), key=lambda each: each in self.on_host)
+            for part in in_parts(neighbours, bucket_numel)
         ]
         self.bucket_of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
         host_numel = sum(bucket.numel for bucket in self.buckets if bucket.on_host)
@@ -252,19 +233,6 @@ class ShardedWeights(MasterWeights):
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return self.bucket_of[parameter].whole[parameter].view(-1)
-
-
-def _parts(parameters: Iterable[nn.Parameter], least: int) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters in their order, together at least so many elements, but for the last."""
-    part, numel = list[nn.Parameter](), 0
-    for parameter in parameters:
-        part.append(parameter)
-        numel += parameter.numel()
-        if numel >= least:
-            yield part
-            part, numel = [], 0
-    if part:
-        yield part
 
 
 class ShardedZeroOptimizer(LocalZeroOptimizer):

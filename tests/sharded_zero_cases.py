@@ -232,12 +232,12 @@ def run_rank(answer: Path) -> None:
     torch.set_num_threads(1)
     import torch.distributed as dist
 
-    from colossal_ext import sharded_zero
+    from colossal_ext import exchanges
     from colossal_ext.mends import install_mends
 
     dist.init_process_group("gloo")
     install_mends(on_cpu=True)
-    with patch.object(sharded_zero, "OWN_NUMEL", 25):  # matrices in their own memory, vectors in a copy
+    with patch.object(exchanges, "OWN_NUMEL", 25):  # matrices in their own memory, vectors in a copy
         found = {name: case() for name, case in CASES.items()}
     if dist.get_rank() == 0:
         answer.write_text(json.dumps(found))

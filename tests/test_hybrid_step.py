@@ -18,7 +18,7 @@ from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelAMPOp
 from colossalai.nn.optimizer import HybridAdam
 from torch import Tensor, nn
 
-from colossal_ext import hybrid_step, pipeline_barrier, upstream
+from colossal_ext import hybrid_gradients, hybrid_step, pipeline_barrier, upstream
 from colossal_ext.adam_kernels import CompileFreeAdam
 from colossal_ext.hybrid_step import install_hybrid_step_mend
 from colossal_ext.mends import install_mends
@@ -161,15 +161,24 @@ def test_tied_gradients_are_added_up_without_a_barrier(monkeypatch: pytest.Monke
     assert fake.groups == ["first and last"] and tied.grad.item() == 2.0
 
 
-@pytest.mark.parametrize("install", [install_hybrid_step_mend, pipeline_barrier.install_pipeline_barrier_mend])
+@pytest.mark.parametrize(
+    "install",
+    [
+        hybrid_gradients.install_hybrid_gradients_mend,
+        install_hybrid_step_mend,
+        pipeline_barrier.install_pipeline_barrier_mend,
+    ],
+)
 def test_the_mends_are_for_one_release(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream.importlib.metadata, "version", lambda name: "0.6.0")
     with pytest.raises(RuntimeError, match=r"colossalai 0\.6\.0"):
         install()
 
 
-def test_upstream_still_copies_gradients_and_waits_at_a_barrier() -> None:
+def test_upstream_still_copies_gradients_exchanges_them_one_by_one_and_waits_at_a_barrier() -> None:
     assert "p.grad = working_param.grad.data.float()" in inspect.getsource(MixedPrecisionOptimizer), (
         "fixed upstream: hybrid_step.py may go"
     )
-    assert "dist.barrier()" in inspect.getsource(HybridParallelModule), "fixed upstream: pipeline_barrier.py may go"
+    module = inspect.getsource(HybridParallelModule)
+    assert "dist.barrier()" in module, "fixed upstream: pipeline_barrier.py may go"
+    assert "dist.all_reduce(p.grad, group=self.dp_group)" in module, "fixed upstream: hybrid_gradients.py may go"

@@ -93,17 +93,16 @@ def state_bytes(moment: str, **changes: Any) -> list[float]:
 
 def test_ddp_replicates_sixteen_bytes_a_parameter() -> None:
     for precision in ("fp32", "bf16"):
-        states = state_bytes("loss", plugin="torch_ddp", precision=precision, compiled=True, world_size=2)
-        assert states[1:] == [8, 0, 8]
-    # In buckets, which stay, on a GPU twice until the second step; one rank has none.
-    on_cpu = state_bytes("loss", plugin="torch_ddp", precision="fp32", gpu_gib=None, world_size=2)
-    assert on_cpu == [4, 4, 0, 8]
-    assert state_bytes("loss", plugin="torch_ddp", compiled=True, batch_size=32, block_size=1024)[1:] == [0, 0, 8]
-    assert state_bytes("loss", plugin="torch_ddp", precision="fp32", world_size=8)[0] == 4
+        for world_size in (1, 2):
+            states = state_bytes("backward", plugin="torch_ddp", precision=precision, world_size=world_size)
+            assert states == [4, 4, 0, 8]
+    large = {"plugin": "torch_ddp", "compiled": True, "batch_size": 32, "block_size": 1024, "world_size": 2}
+    assert state_bytes("loss", **large)[1:] == [0, 0, 8]
+    assert state_bytes("loss", **large, accumulation_steps=2)[1:] == [4, 0, 8]
 
 
 def test_autocast_keeps_a_16_bit_copy_of_every_matrix_it_does_not_recompute() -> None:
-    request = request_of("1.3b", batch_size=1, block_size=2, world_size=2)
+    request = request_of("1.3b", batch_size=1, block_size=2, accumulation_steps=2)
     copies = [plan(replace(request, checkpointed_layers=layers)).device_bytes.activations for layers in (0, 24)]
     assert copies[0] == pytest.approx(2 * request.shape.matrix_params, rel=0.01)
     assert copies[0] - copies[1] == pytest.approx(2 * request.shape.layer_matrix_params, rel=0.01)

@@ -13,8 +13,8 @@ from torch import nn
 
 import planner
 import scaling
-from colossal_ext import local_zero, sharded_zero
-from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, ShardedZeroPlugin, _parts, keep_share
+from colossal_ext import data_parallel, exchanges, local_zero, sharded_zero
+from colossal_ext.sharded_zero import Bucket, ShardedZeroOptimizer, ShardedZeroPlugin, keep_share
 from conftest import ROOT
 from zero_runs import (
     CLIPPED,
@@ -68,12 +68,6 @@ def parameters(*sizes: int) -> list[nn.Parameter]:
     return [nn.Parameter(torch.arange(size, dtype=torch.float32)) for size in sizes]
 
 
-def test_a_bucket_takes_as_much_as_fits_and_at_least_one():
-    made = parameters(3, 3, 9, 1, 5)
-    assert [[len(each) for each in part] for part in _parts(made, 6)] == [[3, 3], [9], [1, 5]]
-    assert list(_parts([], 6)) == []
-
-
 class Exchange:
     """Two ranks that hold the same: what torch.distributed would bring."""
 
@@ -98,10 +92,10 @@ def bucket_of(made: list[nn.Parameter]) -> tuple[Bucket, dict[nn.Parameter, torc
     return bucket, bucket.take(torch.empty(bucket.numel), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize(("own_numel", "exchanges"), [(5, 1), (4, 2), (1, 2)])
-def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch, own_numel, exchanges):
+@pytest.mark.parametrize(("own_numel", "pieces"), [(5, 1), (4, 2), (1, 2)])
+def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch, own_numel, pieces):
     exchange = Exchange(monkeypatch)
-    monkeypatch.setattr(sharded_zero, "OWN_NUMEL", own_numel)
+    monkeypatch.setattr(exchanges, "OWN_NUMEL", own_numel)
     made = parameters(4, 3)
     bucket, masters = bucket_of(made)
     assert [masters[each].tolist() for each in made] == [[0, 1], [0, 1]]
@@ -114,12 +108,12 @@ def test_a_bucket_cuts_each_parameter_into_equal_shares(monkeypatch, own_numel, 
     bucket.send_for()
     bucket.arrive()
     assert [each.tolist() for each in made] == [[1, 2, 101, 102], [5, 6, 105]]
-    assert exchange.calls == ["scatter"] * exchanges + ["gather"] * exchanges
+    assert exchange.calls == ["scatter"] * pieces + ["gather"] * pieces
 
 
 def test_a_large_parameter_is_exchanged_in_its_own_memory(monkeypatch):
     Exchange(monkeypatch)
-    monkeypatch.setattr(sharded_zero, "OWN_NUMEL", 4)
+    monkeypatch.setattr(exchanges, "OWN_NUMEL", 4)
     made = parameters(4, 2, 2)
     bucket, _ = bucket_of(made)
     for parameter in made:
@@ -214,4 +208,4 @@ def test_the_planner_counts_the_buckets_that_there_are():
     assert planner.FLUSH_ELEMENTS == local_zero.FLUSH_NUMEL
     assert planner.EXCHANGE_ELEMENTS == sharded_zero.BUCKET_NUMEL
     assert planner.BUCKETS == sharded_zero.BUCKETS and planner.EXCHANGES == sharded_zero.MAX_IN_FLIGHT + 1
-    assert scaling.ZERO_BUCKET_BYTES == 2 * sharded_zero.BUCKET_NUMEL
+    assert scaling.OWN_BUCKET_BYTES == 2 * sharded_zero.BUCKET_NUMEL == 4 * data_parallel.BUCKET_NUMEL

@@ -1,0 +1,157 @@
+"""TorchDDP that makes the mean of gradients where they are, in few large exchanges beside the backward pass.
+
+PyTorch's DDP copies gradients into buckets and keeps these for good, 4 bytes a parameter. It makes them anew after the
+first step while the old ones are there; among three or more ranks a bucket decides in which order their numbers are added,
+so that a resumed run differs in its last bits. And torch.compile cuts the model at every bucket, or is kept from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+from weakref import proxy
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin import TorchDDPPlugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.utils import get_current_device
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from .exchanges import in_parts, in_pieces, together, wait_for
+from .upstream import require_mended_version
+
+# Elements of one exchange at least, 256 MiB in fp32; of a small model this share, so that there is a backward pass to
+# hide behind.
+BUCKET_NUMEL = 2**26
+BUCKETS = 8
+
+
+class DataParallelPlugin(TorchDDPPlugin):
+    """TorchDDPPlugin with `DataParallelModel` instead of DistributedDataParallel."""
+
+    def __init__(self, **options: Any) -> None:
+        require_mended_version("colossalai.booster.plugin.TorchDDPPlugin.configure")
+        super().__init__(**options)
+
+    def configure(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        criterion: Callable | None = None,
+        dataloader: DataLoader | None = None,
+        lr_scheduler: LRScheduler | None = None,
+    ) -> tuple[Any, ...]:
+        """Return the model, on the device, and the optimizer in the wrappers that a Booster expects."""
+        if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
+            optimizer = OptimizerWrapper(optimizer)
+        return DataParallelModel(model.to(get_current_device())), optimizer, criterion, dataloader, lr_scheduler
+
+    def no_sync(self, model: DataParallelModel, optimizer: OptimizerWrapper) -> AbstractContextManager[None]:
+        """Return a context in which gradients stay this rank's own."""
+        return model.no_sync()
+
+
+class DataParallelModel(ModelWrapper):
+    """A model whose gradients are the ranks' mean after each backward pass outside of `no_sync`; on one rank as it is.
+
+    All ranks have to begin with equal parameters, to which they have to give gradients alike.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._exchanges = dist.get_world_size() > 1
+        self._is_in_backward = False
+        self._next = 0  # bucket of this backward pass to be sent
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        least = min(BUCKET_NUMEL, sum(parameter.numel() for parameter in parameters) // BUCKETS)
+        self._buckets = [Bucket(part) for part in in_parts(reversed(parameters), least)] if self._exchanges else []
+        own = proxy(self)
+
+        def count(bucket: Bucket, _: nn.Parameter) -> None:
+            own._count(bucket)
+
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(count, bucket))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients add up on each rank."""
+        before, self._exchanges = self._exchanges, False
+        try:
+            yield
+        finally:
+            self._exchanges = before
+
+    def _count(self, bucket: Bucket) -> None:
+        """Note that a gradient is there; send the buckets that are full, in their order, the same on all ranks."""
+        if not self._exchanges:
+            return
+        if not self._is_in_backward:
+            self._is_in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        bucket.num_missing -= 1
+        while self._next < len(self._buckets) and not self._buckets[self._next].num_missing:
+            self._buckets[self._next].send()
+            self._next += 1
+
+    def _finish(self) -> None:
+        """Send what is left at the end of a backward pass, and wait for all of it, on a GPU its current stream alone."""
+        for bucket in self._buckets[self._next :]:
+            bucket.send()
+        for bucket in self._buckets:
+            bucket.receive()
+        self._next, self._is_in_backward = 0, False
+
+
+class Bucket:
+    """Parameters whose gradients are exchanged together.
+
+    Args:
+        group: the ranks; None: all.
+
+    Attributes:
+        num_missing: those whose gradients of this backward pass are not there.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: Any = None) -> None:
+        self.parameters, self._group = parameters, group
+        self.num_missing = len(parameters)
+        self._pieces = list(in_pieces(parameters))
+        self._copied: list[
+            tuple[Tensor, list[Tensor]]
+        ] = []  # small gradients behind one another, and where they belong
+        self._works: list[Any] = []
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """Begin to make the mean of the gradients that are there."""
+        self.num_missing = len(self.parameters)
+        sent = []
+        for piece in self._pieces:
+            grads = [parameter.grad.view(-1) for parameter in piece if parameter.grad is not None]
+            if len(grads) > 1:
+                self._copied.append((torch.cat(grads), grads))
+                grads = [self._copied[-1][0]]
+            sent += grads
+        if not sent:
+            return
+        mean = dist.ReduceOp.AVG
+        if sent[0].device.type == "cpu":  # gloo has no mean
+            torch._foreach_div_(sent, dist.get_world_size(self._group))
+            mean = dist.ReduceOp.SUM
+        self._works = together(dist.all_reduce, sent, group=self._group, op=mean)
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait for the means, and put those of small gradients where they belong."""
+        wait_for(self._works)
+        for means, grads in self._copied:
+            torch.split_with_sizes_copy(means, [grad.numel() for grad in grads], out=grads)
+        self._copied.clear()

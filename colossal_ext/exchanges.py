@@ -1,0 +1,52 @@
+"""Collectives of many tensors: few and large, from and to the tensors' own memory where they are large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# A parameter of as many elements is exchanged from and to its own memory; smaller ones in a copy of them all.
+OWN_NUMEL = 2**18
+
+
+def in_parts(parameters: Iterable[nn.Parameter], least: int) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters in their order, together at least so many elements, but for the last."""
+    part, numel = list[nn.Parameter](), 0
+    for parameter in parameters:
+        part.append(parameter)
+        numel += parameter.numel()
+        if numel >= least:
+            yield part
+            part, numel = [], 0
+    if part:
+        yield part
+
+
+def in_pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield what one tensor of a collective holds, in the order given: a large parameter, or small neighbours."""
+    for is_large, neighbours in groupby(parameters, key=lambda each: each.numel() >= OWN_NUMEL):
+        piece = list(neighbours)
+        yield from ([each] for each in piece) if is_large else [piece]
+
+
+def together(
+    collective: Callable[..., Any], *tensors: Sequence[Tensor], group: Any = None, **options: Any
+) -> list[Any]:
+    """Begin a collective of each tensor, or output and input, on GPUs all in one launch; return what to wait for."""
+    if tensors[0][0].device.type == "cpu":  # gloo's coalesced all-gather writes where it must not (torch 2.13.0)
+        return [collective(*each, async_op=True, group=group, **options) for each in zip(*tensors, strict=True)]
+    with dist._coalescing_manager(group, async_ops=True) as work:
+        for each in zip(*tensors, strict=True):
+            collective(*each, group=group, **options)
+    return [work]
+
+
+def wait_for(works: list[Any]) -> None:
+    """Wait for what `together` returned, on a GPU its current stream alone, and empty the list."""
+    for work in works:
+        work.wait()
+    works.clear()
