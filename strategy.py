@@ -178,7 +178,7 @@ class Engine:
             self.booster.backward(loss * scale, self.optimizer)
 
     def _rehearse(self, batch: dict[str, Tensor]) -> None:
-        """Let DistributedDataParallel see one backward pass, whose gradients and random numbers are thrown away.
+        """Let hybrid_parallel's DistributedDataParallel see one backward pass, whose gradients and random numbers are lost.
 
         After its first one it puts parameters into buckets anew, by the order of their gradients, and among three or
         more ranks a bucket decides in which order their numbers are added: the first step of a resumed run would differ
