@@ -66,7 +66,7 @@ class TrainArgs:
     logging_steps: int = flag("training", 10, "steps between two log lines, at which several ranks are also compared for a slow one", type=int)
     eval_strategy: str = flag("training", "epoch", "epoch: evaluate after each epoch and at the end; no: never", choices=("epoch", "no"))
     seed: int = flag("training", 42, "seed of weights, dropout and data order", type=int)
-    deterministic: bool = flag("training", False, "repeat every bit of a run on GPUs, too, as CPUs do: attention in kernels that may be slower")
+    deterministic: bool = flag("training", False, "ask for GPU kernels that repeat every bit, as a CPU does; attention may be slower")
 
     plugin: str = flag("parallelism", "auto", "ColossalAI strategy; auto: the fastest that is predicted to fit", choices=PLUGINS)
     precision: str = flag("parallelism", "auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU where the plugin has it", choices=("auto", "bf16", "fp16", "fp32"))

@@ -54,7 +54,7 @@ LARGEST_CHUNK_ELEMENTS = 64 * 2**20
 FLUSH_ELEMENTS = 2**25
 EXCHANGE_ELEMENTS = 2**27
 EXCHANGES = 3
-BUCKETS = 8  # an exchange has this share of the parameters at most
+BUCKETS = 8  # of a small model an exchange has at least this share of the parameters
 SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
 # colossal_ext/opt_policy.py: layers of a pipeline's graph, and their gradients, at most.
@@ -501,10 +501,11 @@ def _activations(request: PlanRequest) -> Activations:
     tokens = request.batch_size * request.block_size // request.num_microbatches
     if request.pp == 1:
         return _stage_activations(request, tokens, in_flight=1, has_head=True)
-    # Before its first backward pass a stage of two chunks has made 3 p - 1 forward passes of one of them.
+    # Before its first backward pass a stage of two chunks has made 3 p - 1 forward passes of one of them, the last p + 1.
     waiting = request.pp if request.pp_chunks == 1 else (3 * request.pp - 1) / 2
     first = _stage_activations(request, tokens, in_flight=min(waiting, request.num_microbatches), has_head=False)
-    last = _stage_activations(request, tokens, in_flight=1, has_head=True)
+    last_waits = 1 if request.pp_chunks == 1 else (request.pp + 1) / 2
+    last = _stage_activations(request, tokens, in_flight=min(last_waits, request.num_microbatches), has_head=True)
     return max(first, last, key=lambda stage: stage.saved + max(stage.logits, stage.first_layer))
 
 

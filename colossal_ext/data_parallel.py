@@ -60,7 +60,7 @@ class DataParallelPlugin(TorchDDPPlugin):
 class DataParallelModel(ModelWrapper):
     """A model whose gradients are the ranks' mean after each backward pass outside of `no_sync`; on one rank as it is.
 
-    All ranks have to begin with equal parameters, to which they have to give gradients alike.
+    Every rank gets rank 0's weights. Each such pass has to give every parameter a gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -71,6 +71,9 @@ class DataParallelModel(ModelWrapper):
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         least = min(BUCKET_NUMEL, sum(parameter.numel() for parameter in parameters) // BUCKETS)
         self._buckets = [Bucket(part) for part in in_parts(reversed(parameters), least)] if self._exchanges else []
+        if self._exchanges:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
         own = proxy(self)
 
         def count(bucket: Bucket, _: nn.Parameter) -> None:
@@ -79,6 +82,10 @@ class DataParallelModel(ModelWrapper):
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(count, bucket))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert not self._is_in_backward, "a backward pass was broken off"
+        return super().forward(*args, **kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -102,9 +109,15 @@ class DataParallelModel(ModelWrapper):
             self._next += 1
 
     def _finish(self) -> None:
-        """Send what is left at the end of a backward pass, and wait for all of it, on a GPU its current stream alone."""
-        for bucket in self._buckets[self._next :]:
-            bucket.send()
+        """Wait for the means at the end of a backward pass, on a GPU its current stream alone.
+
+        Raises:
+            RuntimeError: a parameter got no gradient.
+        """
+        if missing := sum(bucket.num_missing for bucket in self._buckets[self._next :]):
+            raise RuntimeError(
+                f"{missing} parameters got no gradient in a backward pass: ranks could not exchange them"
+            )
         for bucket in self._buckets:
             bucket.receive()
         self._next, self._is_in_backward = 0, False

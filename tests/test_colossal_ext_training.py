@@ -200,12 +200,13 @@ def reference(shape: str, max_norm: float) -> dict[str, Any]:
 def make_plugin(case: Case, model: Any) -> Any:
     from colossalai.booster import plugin as plugins
 
+    from colossal_ext.data_parallel import DataParallelPlugin
     from colossal_ext.gemini_chunks import gemini_chunk_settings
     from colossal_ext.opt_policy import OPTCausalLMPolicy
 
     amp = {"precision": case.precision, "max_norm": case.max_norm, "initial_scale": case.initial_scale}
     if case.plugin == "ddp":
-        return plugins.TorchDDPPlugin()
+        return DataParallelPlugin()
     if case.plugin == "zero":
         return plugins.LowLevelZeroPlugin(**amp, overlap_communication=False, **case.options)
     if case.plugin == "gemini":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,11 +26,13 @@ def kernels_of_before() -> Iterator[None]:
 
 
 def test_the_flag_turns_deterministic_kernels_on_and_off(kernels_of_before, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     settle_kernels(deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
     settle_kernels(deterministic=True)
     # With warnings alone torch leaves attention as it is.
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
