@@ -137,9 +137,8 @@ class Bucket:
         self.parameters, self._group = parameters, group
         self.num_missing = len(parameters)
         self._pieces = list(in_pieces(parameters))
-        self._copied: list[
-            tuple[Tensor, list[Tensor]]
-        ] = []  # small gradients behind one another, and where they belong
+        # Small gradients behind one another, and where they belong.
+        self._copied: list[tuple[Tensor, list[Tensor]]] = []
         self._works: list[Any] = []
 
     @torch.no_grad()
