@@ -49,8 +49,7 @@ PINNED_BYTES_S = 54e9  # measured: host to device, and back
 HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
 # An update reads and writes fp32 weight and two moments, reads a 16-bit gradient, writes a 16-bit weight.
 UPDATE_BYTES = 3 * 8 + 2 + 2
-# The last bucket meets no more backward pass to hide behind: DistributedDataParallel's default, and that of
-# colossal_ext/sharded_zero.py and data_parallel.py.
+# One exchange of DistributedDataParallel's, and of colossal_ext/sharded_zero.py and data_parallel.py at least.
 DDP_BUCKET_BYTES = 25 * 2**20
 OWN_BUCKET_BYTES = 256 * 2**20
 

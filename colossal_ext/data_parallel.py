@@ -23,13 +23,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .exchanges import in_parts, in_pieces, together, wait_for
+from .exchanges import BUCKETS, in_parts, in_pieces, together, wait_for
 from .upstream import require_mended_version
 
-# Elements of one exchange at least, 256 MiB in fp32; of a small model this share, so that there is a backward pass to
-# hide behind.
+# Elements of one exchange at least, 256 MiB in fp32.
 BUCKET_NUMEL = 2**26
-BUCKETS = 8
 
 
 class DataParallelPlugin(TorchDDPPlugin):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # A parameter of as many elements is exchanged from and to its own memory; smaller ones in a copy of them all.
 OWN_NUMEL = 2**18
+# Of a small model an exchange has this share, so that there is a backward pass to hide behind.
+BUCKETS = 8
 
 
 def in_parts(parameters: Iterable[nn.Parameter], least: int) -> Iterator[list[nn.Parameter]]:

@@ -22,15 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adam_kernels import CompileFreeAdam
-from .exchanges import in_parts, in_pieces, together, wait_for
+from .exchanges import BUCKETS, in_parts, in_pieces, together, wait_for
 from .local_zero import LocalZeroOptimizer, LocalZeroPlugin, MasterWeights, groups_of, offloaded
 from .pinned import pinned_empty
 
 # Elements of one exchange at least, 256 MiB in 16 bits, so that NVLink passes them at its full rate and the host keeps
-# ahead of the device: 6.7b takes 320.0 ms a step on four H200, with half of it 328.7 (2026-11-28). Of a small model this
-# share, so that there is a backward pass to hide behind.
+# ahead of the device: 6.7b takes 320.0 ms a step on four H200, with half of it 328.7 (2026-11-28).
 BUCKET_NUMEL = 2**27
-BUCKETS = 8
 # Exchanges of gradients, and of parameters, that are under way while the device computes.
 MAX_IN_FLIGHT = 2
 
