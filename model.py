@@ -293,11 +293,8 @@ def compile_layers(model: Any) -> None:
     """Compile each decoder layer and the loss in place, so that parameter names stay.
 
     One graph serves all layers. Compiled as a whole the model is slower (125m, batch 32, one H100: 411k instead of
-    470k tokens/s), holds the logits twice, and gives no gradient away before all of them are there. Inside of
-    DistributedDataParallel dynamo would cut a layer's graph again, at the ends of DDP's buckets, and the pieces would
-    keep a byte for each of the feed-forward's activations.
+    470k tokens/s), holds the logits twice, and gives no gradient away before all of them are there.
     """
-    torch._dynamo.config.optimize_ddp = False
     # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run. Nor are
     # matrix products padded then, of which those of OPT need none.
     torch._inductor.config.deterministic = True

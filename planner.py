@@ -440,16 +440,13 @@ def _gemini_states(request: PlanRequest) -> States:
 def _hybrid_states(request: PlanRequest) -> States:
     """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters.
 
-    Gradients stay: in DDP's buckets (gradient_as_bucket_view), which one rank has too, and which on a GPU are still
-    there when DDP has made others of them before the second step; with stages from micro-batch to micro-batch.
+    With stages gradients stay from micro-batch to micro-batch.
     """
     p = stage_params(request)
-    kept = request.item_bytes * p
-    at_loss = kept if request.on_cpu or request.pp > 1 else 2 * kept
+    kept = request.item_bytes * p * int(request.accumulates or request.pp > 1)
     if request.precision == "fp32":
-        return States(4 * p, at_loss, 4 * p, 4 * p, 0, 8 * p, 0)
-    buckets = BUCKET_ELEMENTS * 2 if request.dp_size > 1 else 0
-    return States(2 * p, at_loss, 2 * p, 2 * p, 4 * p, 8 * p, buckets)
+        return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
+    return States(2 * p, kept, 2 * p, 2 * p, 4 * p, 8 * p, 0)
 
 
 # ---------------------------------------------------------------------------- activations

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -91,7 +90,6 @@ class Engine:
         self.model: Any = None
         self.optimizer: Any = None
         self.scheduler: Any = None
-        self._has_rehearsed = False
 
     def boost(self, model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Hand model, optimizer and schedule to the plugin, which shards them."""
@@ -167,8 +165,6 @@ class Engine:
             last: whether the step's gradients are complete, and may be exchanged, after this one.
             at_loss: gets the summed loss: before the backward pass, except under a pipeline.
         """
-        if not self._has_rehearsed:
-            self._rehearse(batch)
         with self._accumulation(last):
             if self.is_pipeline:
                 at_loss(self._run_pipeline(batch, scale))
@@ -176,21 +172,6 @@ class Engine:
             loss = self.model(**_to_device(batch, self.runtime.device)).loss
             at_loss(self._counted(loss.detach()))
             self.booster.backward(loss * scale, self.optimizer)
-
-    def _rehearse(self, batch: dict[str, Tensor]) -> None:
-        """Let hybrid_parallel's DistributedDataParallel see one backward pass, whose gradients and random numbers are lost.
-
-        After its first one it puts parameters into buckets anew, by the order of their gradients, and among three or
-        more ranks a bucket decides in which order their numbers are added: the first step of a resumed run would differ
-        in its last bits from the same step of the run that went on.
-        """
-        self._has_rehearsed = True
-        if self.dp_size < 3 or not isinstance(self.model.module, DistributedDataParallel):
-            return
-        with torch.random.fork_rng([] if self.runtime.on_cpu else [self.runtime.device]):
-            loss = self.model(**_to_device(batch, self.runtime.device)).loss
-            (loss * 0.0).backward()
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -521,7 +502,6 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
         overlap_p2p=not runtime.on_cpu,  # hangs on gloo
         overlap_communication=not runtime.on_cpu,
         cpu_offload=False,
-        gradient_as_bucket_view=True,  # DDP's buckets, there on one rank too, are the gradients
         make_vocab_size_divisible_by=1,  # a padded vocabulary breaks upstream's optimizer checkpoint
         custom_policy=OPTCausalLMPolicy(layers_per_graph=_layers_per_graph(args, workload)),
     )

@@ -1,4 +1,4 @@
-"""TorchDDP that makes the mean of gradients where they are, in few large exchanges beside the backward pass.
+"""Data parallelism that makes the mean of gradients where they are, in few large exchanges beside the backward pass.
 
 PyTorch's DDP copies gradients into buckets and keeps these for good, 4 bytes a parameter. It makes them anew after the
 first step while the old ones are there; among three or more ranks a bucket decides in which order their numbers are added,
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from colossalai.booster.plugin import TorchDDPPlugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.utils import get_current_device
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .exchanges import BUCKETS, in_parts, in_pieces, together, wait_for
+from .exchanges import BUCKETS, MeanOfGradients, in_parts
 from .upstream import require_mended_version
 
 # Elements of one exchange at least, 256 MiB in fp32.
@@ -58,23 +58,27 @@ class DataParallelPlugin(TorchDDPPlugin):
 class DataParallelModel(ModelWrapper):
     """A model whose gradients are the ranks' mean after each backward pass outside of `no_sync`; on one rank as it is.
 
-    Every rank gets rank 0's weights. Each such pass has to give every parameter a gradient.
+    Every rank gets the first one's weights. Each such pass has to give every parameter a gradient.
+
+    Args:
+        group: the ranks; None: all.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(module)
-        self._exchanges = dist.get_world_size() > 1
+        self._exchanges = dist.get_world_size(group) > 1
         self._is_in_backward = False
         self._next = 0  # bucket of this backward pass to be sent
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         least = min(BUCKET_NUMEL, sum(parameter.numel() for parameter in parameters) // BUCKETS)
-        self._buckets = [Bucket(part) for part in in_parts(reversed(parameters), least)] if self._exchanges else []
+        self._buckets = list[MeanOfGradients]()
         if self._exchanges:
+            self._buckets += (MeanOfGradients(part, group) for part in in_parts(reversed(parameters), least))
             for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
+                dist.broadcast(tensor.detach(), group=group, group_src=0)
         own = proxy(self)
 
-        def count(bucket: Bucket, _: nn.Parameter) -> None:
+        def count(bucket: MeanOfGradients, _: nn.Parameter) -> None:
             own._count(bucket)
 
         for bucket in self._buckets:
@@ -94,7 +98,7 @@ class DataParallelModel(ModelWrapper):
         finally:
             self._exchanges = before
 
-    def _count(self, bucket: Bucket) -> None:
+    def _count(self, bucket: MeanOfGradients) -> None:
         """Note that a gradient is there; send the buckets that are full, in their order, the same on all ranks."""
         if not self._exchanges:
             return
@@ -119,49 +123,3 @@ class DataParallelModel(ModelWrapper):
         for bucket in self._buckets:
             bucket.receive()
         self._next, self._is_in_backward = 0, False
-
-
-class Bucket:
-    """Parameters whose gradients are exchanged together.
-
-    Args:
-        group: the ranks; None: all.
-
-    Attributes:
-        num_missing: those whose gradients of this backward pass are not there.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], group: Any = None) -> None:
-        self.parameters, self._group = parameters, group
-        self.num_missing = len(parameters)
-        self._pieces = list(in_pieces(parameters))
-        # Small gradients behind one another, and where they belong.
-        self._copied: list[tuple[Tensor, list[Tensor]]] = []
-        self._works: list[Any] = []
-
-    @torch.no_grad()
-    def send(self) -> None:
-        """Begin to make the mean of the gradients that are there."""
-        self.num_missing = len(self.parameters)
-        sent = []
-        for piece in self._pieces:
-            grads = [parameter.grad.view(-1) for parameter in piece if parameter.grad is not None]
-            if len(grads) > 1:
-                self._copied.append((torch.cat(grads), grads))
-                grads = [self._copied[-1][0]]
-            sent += grads
-        if not sent:
-            return
-        mean = dist.ReduceOp.AVG
-        if sent[0].device.type == "cpu":  # gloo has no mean
-            torch._foreach_div_(sent, dist.get_world_size(self._group))
-            mean = dist.ReduceOp.SUM
-        self._works = together(dist.all_reduce, sent, group=self._group, op=mean)
-
-    @torch.no_grad()
-    def receive(self) -> None:
-        """Wait for the means, and put those of small gradients where they belong."""
-        wait_for(self._works)
-        for means, grads in self._copied:
-            torch.split_with_sizes_copy(means, [grad.numel() for grad in grads], out=grads)
-        self._copied.clear()

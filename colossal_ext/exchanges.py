@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -52,3 +53,51 @@ def wait_for(works: list[Any]) -> None:
     for work in works:
         work.wait()
     works.clear()
+
+
+class MeanOfGradients:
+    """The ranks' mean of the gradients of some parameters, made where the gradients are.
+
+    Args:
+        group: the ranks; None: all.
+
+    Attributes:
+        num_missing: parameters whose gradients of this backward pass are not there.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+        self.parameters, self._group = parameters, group
+        self.num_missing = len(parameters)
+        self._pieces = list(in_pieces(parameters))
+        # Gradients behind one another, and where they belong.
+        self._copied: list[tuple[Tensor, list[Tensor]]] = []
+        self._works: list[Any] = []
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """Begin to make the mean of the gradients that are there."""
+        self.num_missing = len(self.parameters)
+        sent = []
+        for piece in self._pieces:
+            grads = [parameter.grad for parameter in piece if parameter.grad is not None]
+            if len(grads) == 1 and grads[0].is_contiguous():
+                sent.append(grads[0])
+            elif grads:
+                sent.append(torch.cat([grad.reshape(-1) for grad in grads]))
+                self._copied.append((sent[-1], grads))
+        if not sent:
+            return
+        mean = dist.ReduceOp.AVG
+        if sent[0].device.type == "cpu":  # gloo has no mean
+            torch._foreach_div_(sent, dist.get_world_size(self._group))
+            mean = dist.ReduceOp.SUM
+        self._works = together(dist.all_reduce, sent, group=self._group, op=mean)
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait for the means, and put those of copied gradients where they belong."""
+        wait_for(self._works)
+        for means, grads in self._copied:
+            parts = means.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+        self._copied.clear()

@@ -1,27 +1,40 @@
-"""HybridParallel's stages make the mean of their gradients in one launch."""
+"""HybridParallel's replicas make the mean of their gradients where these are, in few large exchanges."""
 
 from __future__ import annotations
 
-from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+from typing import Any
 
-from .data_parallel import Bucket
+import torch.distributed as dist
+from colossalai.booster.plugin import hybrid_parallel_plugin
+from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+from torch import nn
+
+from .data_parallel import DataParallelModel
+from .exchanges import MeanOfGradients
 from .upstream import require_mended_version
 
 
 def install_hybrid_gradients_mend() -> None:
-    """Mend hybrid_parallel_plugin.py:174 of ColossalAI 0.5.0. Repeating it is fine.
+    """Mend hybrid_parallel_plugin.py:117 and :174 of ColossalAI 0.5.0. Repeating it is fine.
 
-    After its last micro-batch a pipeline exchanges gradients one by one, biases like matrices, and divides each.
+    A model without stages is put into PyTorch's DistributedDataParallel, on one rank too: `data_parallel` says what that
+    costs. After its last micro-batch a pipeline exchanges gradients one by one, biases like matrices, and divides each.
 
     Raises:
         RuntimeError: another ColossalAI than 0.5.0 is installed.
     """
     require_mended_version("colossalai.booster.plugin.hybrid_parallel_plugin.HybridParallelModule")
+    hybrid_parallel_plugin.DDP = _Replica
     HybridParallelModule.sync_dp_grads = _sync_dp_grads
+
+
+class _Replica(DataParallelModel):
+    def __init__(self, module: nn.Module, process_group: dist.ProcessGroup, **options_of_ddp: Any) -> None:
+        super().__init__(module, process_group)
 
 
 def _sync_dp_grads(self: HybridParallelModule) -> None:
     if self.dp_group.size() > 1:
-        bucket = Bucket(list(self.module.parameters()), self.dp_group)
-        bucket.send()
-        bucket.receive()
+        mean = MeanOfGradients(list(self.module.parameters()), self.dp_group)
+        mean.send()
+        mean.receive()

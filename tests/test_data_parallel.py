@@ -56,11 +56,12 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(6))
+        self.turned = nn.Parameter(torch.randn(5, 5).t())  # its gradient is laid out like it: not contiguous
         self.extra = nn.Parameter(torch.ones(5))
 
     def forward(self, values: Tensor, *, with_extra: bool = True) -> Tensor:
         for layer in self.layers:
-            values = torch.tanh(layer(values))
+            values = torch.tanh(layer(values @ self.turned))
         return (values * self.extra if with_extra else values).square().sum()
 
 
@@ -68,10 +69,10 @@ def grads_of(model: nn.Module) -> list[Tensor | None]:
     return [None if each.grad is None else each.grad.clone() for each in model.parameters()]
 
 
-def check_means(rank: int) -> None:
+def check_means(rank: int, device: torch.device) -> None:
     """Compare the gradients of two ranks' exchange with those of the whole batch in one model."""
-    batches = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
-    plain, model = Toy(), DataParallelModel(Toy(seed=rank))
+    batches = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1)).to(device)
+    plain, model = Toy().to(device), DataParallelModel(Toy(seed=rank).to(device))
     module = model.unwrap()
     assert torch.equal(module.layers[0].weight, plain.layers[0].weight), "not rank 0's weights"
 
@@ -102,22 +103,40 @@ def check_means(rank: int) -> None:
         model(batches[2], with_extra=False).backward()
 
 
-def run_rank() -> None:
+def run_rank(*, on_gpu: bool = False) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     exchanges.OWN_NUMEL = 25  # matrices in their own memory, vectors in a copy
-    check_means(dist.get_rank())
+    check_means(rank, device)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_gradients_of_two_ranks_are_those_of_the_whole_batch():
+def run_this_file(*launcher: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *launcher, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-if __name__ == "__main__":
-    from benchmarks.forks import fork_ranks
+def test_gradients_of_two_ranks_are_those_of_the_whole_batch():
+    run_this_file()
 
-    fork_ranks(run_rank, 2)
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gradients_of_two_gpus_are_those_of_the_whole_batch():
+    run_this_file("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        run_rank(on_gpu=True)
+    else:
+        from benchmarks.forks import fork_ranks
+
+        fork_ranks(run_rank, 2)
