@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from colossal_ext import exchanges
 from colossal_ext.data_parallel import DataParallelModel
 from colossal_ext.exchanges import in_parts, in_pieces
-from conftest import ROOT
+from conftest import MODULES
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
@@ -117,7 +117,7 @@ def run_rank(*, on_gpu: bool = False) -> None:
 
 
 def run_this_file(*launcher: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": MODULES}
     command = [sys.executable, *launcher, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -378,9 +378,6 @@ def test_tensor_parallelism_divides_the_logits_and_keeps_only_them_and_their_gra
         plan(request_of(plugin="hybrid_parallel", world_size=tp, tp=tp)).device_bytes.logits for tp in (2, 4)
     )
     assert 0 < quarter == half // 2
-    measured_gib = 26.5  # allocated by 1.3b, batch 16, tp 2 x dp 2, on four H200 (2026-11-27)
-    predicted = plan(request_of("1.3b", "hybrid_parallel", batch_size=16, world_size=4, tp=2, compiled=False))
-    assert predicted.total_bytes - predicted.device_bytes.framework == pytest.approx(measured_gib * GIB, rel=0.03)
 
 
 def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
@@ -389,8 +386,8 @@ def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
     assert plan(request_of("6.7b", "low_level_zero", gpu_gib=40, random_weights=True)).host_bytes > 4 * 6.6e9
 
 
-# Peaks of H200s (2026-11-27) and one H100 (2026-11-25), torch 2.11.0+cu130, layers and loss compiled one by one:
-# allocated memory and the 1.30 GiB beside it, with hybrid_parallel 1.67.
+# Peaks of H200s (2026-11-27, of hybrid_parallel 2026-11-28) and one H100 (2026-11-25), torch 2.11.0+cu130, layers and loss
+# compiled one by one: allocated memory and the 1.30 GiB beside it, with hybrid_parallel 1.60.
 OFFLOADED = {"checkpointed_layers": 32, "step_in_backward": True, "batch_size": 16}
 MEASURED_GIB = [
     ("125m", "low_level_zero", {"batch_size": 8}, 6.39),
@@ -421,10 +418,9 @@ MEASURED_GIB = [
     ("1.3b", "gemini", {"batch_size": 8, "offload_optim_frac": 0.5}, 22.62),
     ("2.7b", "gemini", {"batch_size": 4, "checkpointed_layers": 32}, 37.55),
     ("6.7b", "low_level_zero", {**OFFLOADED, "batch_size": 4}, 90.28),
-    ("125m", "hybrid_parallel", {"batch_size": 8}, 7.22),
-    ("125m", "hybrid_parallel", {"batch_size": 32}, 17.41),
-    ("125m", "hybrid_parallel", {"batch_size": 128}, 57.87),
-    ("1.3b", "hybrid_parallel", {"batch_size": 4, "block_size": 2048}, 35.17),
+    ("125m", "hybrid_parallel", {"batch_size": 32}, 16.84),
+    ("1.3b", "hybrid_parallel", {"batch_size": 4, "block_size": 2048}, 30.16),
+    ("6.7b", "hybrid_parallel", {"batch_size": 4}, 102.33),
 ]
 
 
