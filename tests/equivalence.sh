@@ -4,7 +4,7 @@
 # or SIGTERM: the table then says so.
 #
 # Hardware: two CPU cores (1, 2 and 4 ranks on gloo); on NVIDIA GPUs as many ranks as there are GPUs, up to 4.
-# Time: 18 to 40 minutes on two cores, with --quick under three minutes; --jobs divides it where there are more cores.
+# Time: 15 to 40 minutes on two cores, with --quick under three minutes; --jobs divides it where there are more cores.
 #
 #   bash tests/equivalence.sh                       # the whole matrix
 #   bash tests/equivalence.sh --quick               # most strategies once
