@@ -440,13 +440,14 @@ def _gemini_states(request: PlanRequest) -> States:
 def _hybrid_states(request: PlanRequest) -> States:
     """HybridParallel without ZeRO: fp32 states as they are, or 16-bit ones with fp32 masters.
 
-    With stages gradients stay from micro-batch to micro-batch.
+    Gradients stay from micro-batch to micro-batch.
     """
     p = stage_params(request)
     kept = request.item_bytes * p * int(request.accumulates or request.pp > 1)
     if request.precision == "fp32":
         return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
-    return States(2 * p, kept, 2 * p, 2 * p, 4 * p, 8 * p, 0)
+    built = 2 * request.shape.num_params if _weights_place(request) == "cast" else 0
+    return States(2 * p, kept, 2 * p, 2 * p, 4 * p, 8 * p, 0, built_parameters=built)
 
 
 # ---------------------------------------------------------------------------- activations
@@ -593,14 +594,20 @@ def weights_place(plugin: str, precision: str, num_params: int, world_size: int,
     """Return where random weights drawn on a GPU wait for the plugin: there, on the host, or there but cast.
 
     Cast they have the form that the plugin keeps: 16 bits, and in LowLevelZero's case this rank's share in fp32.
+    HybridParallel makes its fp32 weights of 16-bit ones, too.
     """
     if plugin != "gemini" and 4 * num_params <= WEIGHTS_ROOM * (limit_bytes or 0):
         return "device"
-    if precision == "fp32" or plugin not in ("gemini", "low_level_zero") or world_size == 1:
+    if precision == "fp32" or plugin not in ("gemini", "low_level_zero", "hybrid_parallel") or world_size == 1:
         return "host"
     share, whole = num_params // world_size, 2 * num_params
-    # Each parameter that enters one of Gemini's 16-bit and fp32 chunks leaves its own memory.
-    built = max(whole, 6 * share) if plugin == "gemini" else whole + 4 * share
+    built = {
+        # Each parameter that enters one of Gemini's 16-bit and fp32 chunks leaves its own memory.
+        "gemini": max(whole, 6 * share),
+        "low_level_zero": whole + 4 * share,
+        # A stage drops what is not its own before it divides layers, one by one.
+        "hybrid_parallel": whole + whole // 2,
+    }[plugin]
     room = CAST_ROOM * ((limit_bytes or 0) - framework_bytes(plugin, world_size))
     return "cast" if built <= room else "host"
 

@@ -33,7 +33,7 @@ COMPILED_SHARE = {
     "hybrid_parallel": 0.72,
 }
 EAGER_SHARE = 0.5
-# Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: DDP of 1.3b on 2 and 4 H200
+# Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: PyTorch's DDP of 1.3b on 2 and 4 H200
 # (2026-11-27); LowLevelZero, which exchanges half as much in few large parts: 6.7b and 13b on 4 (2026-11-28).
 BESIDE_NCCL = 1.13
 BESIDE_FEW_EXCHANGES = 1.04
@@ -49,8 +49,8 @@ PINNED_BYTES_S = 54e9  # measured: host to device, and back
 HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
 # An update reads and writes fp32 weight and two moments, reads a 16-bit gradient, writes a 16-bit weight.
 UPDATE_BYTES = 3 * 8 + 2 + 2
-# One exchange of ColossalAI's, and of colossal_ext/sharded_zero.py and data_parallel.py at least.
-BUCKET_BYTES = 25 * 2**20
+# One exchange of ColossalAI's, in 16 bits, and of colossal_ext/sharded_zero.py and data_parallel.py at least.
+BUCKET_BYTES = 24 * 2**20
 OWN_BUCKET_BYTES = 256 * 2**20
 
 
@@ -215,10 +215,8 @@ def _launches_s(request: PlanRequest) -> float:
 
 def _state_shards(request: PlanRequest) -> int:
     """Return among how many ranks a stage's optimizer states are divided."""
-    is_replicated = request.plugin.startswith("torch_ddp") or (
-        request.plugin == "hybrid_parallel" and not request.zero_stage
-    )
-    return 1 if is_replicated else request.dp_size
+    shards_states = request.plugin in ("low_level_zero", "gemini") or request.zero_stage > 0
+    return request.dp_size if shards_states else 1
 
 
 def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s: float) -> tuple[float, float]:
@@ -234,13 +232,14 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     num_params, item = stage_params(request), request.item_bytes
     gradient_bytes = num_params * (4 if request.plugin.startswith("torch_ddp") else item)
     is_zero = request.plugin == "low_level_zero"
-    is_own = is_zero or _state_shards(request) == 1
+    is_replica = request.plugin == "hybrid_parallel" and not request.zero_stage
+    is_own = is_zero or is_replica or request.plugin.startswith("torch_ddp")
     scatters = is_zero or request.plugin == "gemini" or request.zero_stage == 2
     calls = math.ceil(gradient_bytes / (OWN_BUCKET_BYTES if is_own else BUCKET_BYTES))
     exchange = group.gather_s if scatters else group.all_reduce_s
     whole_s = exchange(gradient_bytes, calls=calls)
     # Our last bucket, and the first one that LowLevelZero's next forward pass wants, is the embedding.
-    embedding_share = request.shape.vocab_size * request.shape.embed_dim / num_params
+    embedding_share = request.shape.vocab_size * request.shape.embed_dim / request.tp / num_params
     last_s = exchange(gradient_bytes * embedding_share) if is_own else whole_s / calls
     hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s - last_s)
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))

@@ -14,12 +14,13 @@ from report import MatrixShape, token_flops
 # dense 989 TFLOP/s.
 GPU_FLOPS = 500e12
 # Tokens/s of 125m, batch 32 x 1024, over low_level_zero's on one H200 (2026-11-27), most of them from one sweep (README,
-# results); torch_ddp and torch_ddp_fp16: means of three and two calls, gemini: by both their ratios to plain_compile.
+# results); torch_ddp and torch_ddp_fp16: means of three and two calls, gemini: by both their ratios to plain_compile;
+# hybrid_parallel: in a call of its own (2026-11-28).
 PLUGIN_SPEED = {
+    "hybrid_parallel": 1.003,
     "low_level_zero": 1.0,
     "torch_ddp": 0.964,
     "gemini": 0.961,
-    "hybrid_parallel": 0.959,
     "torch_ddp_fp16": 0.861,
 }
 # low_level_zero and gemini in fp16 or fp32, or on a CPU. Estimate.
@@ -33,11 +34,11 @@ EXCHANGE_SPEED = {
     "torch_ddp_fp16": 0.886,
     "low_level_zero": 0.927,
     "gemini": 0.763,
-    "hybrid_parallel": 0.729,
+    "hybrid_parallel": 0.697,
 }
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
-# where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most. Half as
-# much more on another host.
+# where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most,
+# hybrid_parallel's is from before it had a step of its own. Half as much more on another host.
 LAUNCH_S = {
     "torch_ddp": 2.2e-3,
     "torch_ddp_fp16": 2.8e-3,

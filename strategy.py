@@ -410,7 +410,7 @@ def placing(where: Place, args: TrainArgs, runtime: Runtime) -> Callable[[nn.Mod
     if where == "host":
         return lambda module: module._apply(torch.Tensor.cpu, recurse=False)
     dtype = DTYPES[args.precision]
-    if args.plugin == "gemini":  # makes its fp32 chunks of 16-bit weights
+    if args.plugin in ("gemini", "hybrid_parallel"):  # make fp32 weights of 16-bit ones
         return lambda module: module._apply(lambda each: each.to(dtype), recurse=False)
     from colossal_ext.sharded_zero import keep_share
 

@@ -30,7 +30,7 @@ from watchdog import Pulse
 
 Batch = dict[str, Tensor]
 
-# Graphs, optimizer states and buckets are there after so many steps of a run.
+# Graphs and optimizer states are there after so many steps of a run.
 FIRST_STEPS = 2
 
 

@@ -174,7 +174,10 @@ def _strategies(world_size: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield "Gemini", gemini, half
         yield "Gemini, optimizer on host", f"{gemini} --offload_optim_frac 1", half
         yield "Gemini, all on host", f"{gemini} --offload_optim_frac 1 --offload_param_frac 1", half
+    if world_size == 1:
+        yield "tp 1", hybrid, full
     if world_size == 2:
+        yield "dp 2", hybrid, full
         yield "tp 2", f"{hybrid} --tp 2", full
         yield "pp 2", f"{hybrid} --pp 2", full
         yield "pp 2, interleaved", f"{hybrid} --pp 2 --pp_schedule interleaved", full

@@ -14,11 +14,11 @@ gemini_chunks      chunk sizes that shard a model of any size
 opt_policy         tensor and pipeline parallel OPT (custom_policy)
 vocab_parallel     cross entropy over a sharded vocabulary
 parallel_linear    divided linear layers that torch.compile takes into one graph
+data_parallel      TorchDDP whose gradients are exchanged where they are
+hybrid_gradients   the same for HybridParallel's replicas, with stages and without
 hybrid_step        HybridParallel's 16-bit step in one pass, without fp32 copies of gradients
-hybrid_gradients   stages make the mean of their gradients in one launch
 pipeline_barrier   stages add up a tied embedding's gradients without waiting for their GPUs
 pipeline_metadata  the interleaved pipeline takes batches of varying length
-data_parallel      TorchDDP whose gradients are exchanged where they are
 local_zero         LowLevelZero on one rank: no buckets, no copies, states on device and host
 sharded_zero       the same on several ranks: few large exchanges, beside the backward and the forward pass
 exchanges          collectives of many tensors, in place where they are large

@@ -1,6 +1,6 @@
 """Data parallelism that makes the mean of gradients where they are, in few large exchanges beside the backward pass.
 
-PyTorch's DDP copies gradients into buckets and keeps these for good, 4 bytes a parameter. It makes them anew after the
+PyTorch's DDP copies gradients into buckets and keeps these for good, as much memory again. It makes them anew after the
 first step while the old ones are there; among three or more ranks a bucket decides in which order their numbers are added,
 so that a resumed run differs in its last bits. And torch.compile cuts the model at every bucket, or is kept from it.
 """
@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .exchanges import BUCKETS, MeanOfGradients, in_parts
+from .exchanges import BUCKETS, GradientBucket, in_parts
 from .upstream import require_mended_version
 
-# Elements of one exchange at least, 256 MiB in fp32.
-BUCKET_NUMEL = 2**26
+# One exchange at least.
+BUCKET_BYTES = 2**28
 
 
 class DataParallelPlugin(TorchDDPPlugin):
@@ -56,9 +56,9 @@ class DataParallelPlugin(TorchDDPPlugin):
 
 
 class DataParallelModel(ModelWrapper):
-    """A model whose gradients are the ranks' mean after each backward pass outside of `no_sync`; on one rank as it is.
+    """A model whose gradients are the ranks' mean after each backward pass outside of `no_sync`; one rank exchanges nothing.
 
-    Every rank gets the first one's weights. Each such pass has to give every parameter a gradient.
+    Every rank gets the first one's weights and buffers. Each such pass has to give every parameter a gradient.
 
     Args:
         group: the ranks; None: all.
@@ -70,20 +70,21 @@ class DataParallelModel(ModelWrapper):
         self._is_in_backward = False
         self._next = 0  # bucket of this backward pass to be sent
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        least = min(BUCKET_NUMEL, sum(parameter.numel() for parameter in parameters) // BUCKETS)
-        self._buckets = list[MeanOfGradients]()
+        self._buckets = list[GradientBucket]()
         if self._exchanges:
-            self._buckets += (MeanOfGradients(part, group) for part in in_parts(reversed(parameters), least))
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.detach(), group=group, group_src=0)
+            item_bytes = max((parameter.element_size() for parameter in parameters), default=4)
+            least = min(BUCKET_BYTES // item_bytes, sum(parameter.numel() for parameter in parameters) // BUCKETS)
+            self._buckets += (GradientBucket(part, group) for part in in_parts(reversed(parameters), least))
+            _take_from_the_first(module, group)
         own = proxy(self)
 
-        def count(bucket: MeanOfGradients, _: nn.Parameter) -> None:
+        def count(bucket: GradientBucket, _: nn.Parameter) -> None:
             own._count(bucket)
 
+        # A parameter's hook that holds the parameter would keep both for good: the collector does not see into it.
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(count, bucket))
+                parameter.register_post_accumulate_grad_hook(partial(count, proxy(bucket)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert not self._is_in_backward, "a backward pass was broken off"
@@ -98,7 +99,7 @@ class DataParallelModel(ModelWrapper):
         finally:
             self._exchanges = before
 
-    def _count(self, bucket: MeanOfGradients) -> None:
+    def _count(self, bucket: GradientBucket) -> None:
         """Note that a gradient is there; send the buckets that are full, in their order, the same on all ranks."""
         if not self._exchanges:
             return
@@ -123,3 +124,12 @@ class DataParallelModel(ModelWrapper):
         for bucket in self._buckets:
             bucket.receive()
         self._next, self._is_in_backward = 0, False
+
+
+@torch.no_grad()
+def _take_from_the_first(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Give every rank the first one's weights and buffers."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        sent = tensor.contiguous()
+        dist.broadcast(sent, group=group, group_src=0)
+        tensor.copy_(sent)  # which costs nothing where it is the tensor itself

@@ -55,8 +55,20 @@ def wait_for(works: list[Any]) -> None:
     works.clear()
 
 
-class MeanOfGradients:
-    """The ranks' mean of the gradients of some parameters, made where the gradients are.
+def mean_operation(tensors: Sequence[Tensor], num_ranks: int) -> dist.ReduceOp.RedOpType:
+    """Return what makes a reduction of these tensors the mean of ranks; where that is a sum they are divided before.
+
+    gloo has no mean. NCCL multiplies 16-bit numbers with a 16-bit 1 / ranks: by 0.2 % too much among three in bf16.
+    """
+    is_exact = tensors[0].element_size() > 2 or num_ranks & (num_ranks - 1) == 0
+    if tensors[0].device.type != "cpu" and is_exact:
+        return dist.ReduceOp.AVG
+    torch._foreach_div_(list(tensors), num_ranks)
+    return dist.ReduceOp.SUM
+
+
+class GradientBucket:
+    """Parameters whose gradients are exchanged together, to become the ranks' mean; large ones stay where they are.
 
     Args:
         group: the ranks; None: all.
@@ -87,10 +99,7 @@ class MeanOfGradients:
                 self._copied.append((sent[-1], grads))
         if not sent:
             return
-        mean = dist.ReduceOp.AVG
-        if sent[0].device.type == "cpu":  # gloo has no mean
-            torch._foreach_div_(sent, dist.get_world_size(self._group))
-            mean = dist.ReduceOp.SUM
+        mean = mean_operation(sent, dist.get_world_size(self._group))
         self._works = together(dist.all_reduce, sent, group=self._group, op=mean)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModul
 from torch import nn
 
 from .data_parallel import DataParallelModel
-from .exchanges import MeanOfGradients
+from .exchanges import GradientBucket
 from .upstream import require_mended_version
 
 
@@ -29,12 +29,17 @@ def install_hybrid_gradients_mend() -> None:
 
 
 class _Replica(DataParallelModel):
+    """What HybridParallelModule makes of its model, and knows by its class in `unwrap`."""
+
     def __init__(self, module: nn.Module, process_group: dist.ProcessGroup, **options_of_ddp: Any) -> None:
+        for name in ("find_unused_parameters", "static_graph"):
+            if options_of_ddp.get(name):
+                raise ValueError(f"{name}: has no effect, every parameter needs a gradient in each backward pass")
         super().__init__(module, process_group)
 
 
 def _sync_dp_grads(self: HybridParallelModule) -> None:
     if self.dp_group.size() > 1:
-        mean = MeanOfGradients(list(self.module.parameters()), self.dp_group)
-        mean.send()
-        mean.receive()
+        bucket = GradientBucket(list(self.module.parameters()), self.dp_group)
+        bucket.send()
+        bucket.receive()

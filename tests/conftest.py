@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ":".join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+# For processes of their own: the project, and where the libraries lie if that is no environment of Python's.
+MODULE_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 MINI = ROOT / "tests" / "mini"  # `tiny` with 512 tokens: its 50,272 are most of the time that a step of it takes
 SHORT = (
@@ -57,7 +58,7 @@ def torchrun(script: Path, world: int, *arguments: object, **env: str) -> tuple[
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script)]
     done = subprocess.run(
         [*command, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": MODULES} | env,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": MODULE_PATH} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -91,7 +92,7 @@ def run_training() -> Callable[..., Run]:
 def worker() -> Iterator[subprocess.Popen[str]]:
     """tests/worker.py, which has imported everything and forks ranks on order."""
     # NVML counts the GPUs: CUDA's own answer would keep forked ranks from using them.
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": MODULES, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": MODULE_PATH, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     command = [sys.executable, str(ROOT / "tests" / "worker.py")]
     with subprocess.Popen(
         command, env=os.environ | environment, stdin=subprocess.PIPE, text=True, start_new_session=True

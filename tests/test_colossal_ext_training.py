@@ -106,6 +106,8 @@ CASES: dict[str, Case] = {
     "tp2_fp16": hybrid(2, tp=2, precision="fp16", **CLIPPED),
     "pp2_interleaved": hybrid(2, pp=2, options=INTERLEAVED, max_norm=0.3),
     "pp2_bf16": hybrid(2, pp=2, precision="bf16", **CLIPPED),
+    "dp2_fp16": hybrid(2, precision="fp16", **CLIPPED),
+    "tp2_dp2": hybrid(4, tp=2, **CLIPPED),
     "dp2_zero1_bf16": hybrid(2, options={"zero_stage": 1}, precision="bf16", **CLIPPED),
     "tp2_pp2_interleaved_post_norm": hybrid(4, tp=2, pp=2, options=INTERLEAVED, model="post_norm"),
     "tp2_pp2_accumulated_clipped": hybrid(4, tp=2, pp=2, checkpointing=True, **CLIPPED),

@@ -1,10 +1,12 @@
-"""TorchDDP's own exchange: gradients are the mean of all ranks', in their own memory (beside the plain loop: matrix)."""
+"""Data parallelism: gradients are the mean of all ranks', in their own memory (beside the plain loop: matrix)."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,26 +15,7 @@ from torch import Tensor, nn
 
 from colossal_ext import exchanges
 from colossal_ext.data_parallel import DataParallelModel
-from colossal_ext.exchanges import in_parts, in_pieces
-from conftest import MODULES
-
-
-def parameters(*sizes: int) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.ones(size)) for size in sizes]
-
-
-def sizes(parts: object) -> list[list[int]]:
-    return [[len(each) for each in part] for part in parts]  # type: ignore[attr-defined]
-
-
-def test_parts_hold_at_least_so_many_elements_and_the_last_what_is_left():
-    assert sizes(in_parts(parameters(3, 3, 9, 1, 5, 2), 6)) == [[3, 3], [9], [1, 5], [2]]
-    assert list(in_parts([], 6)) == []
-
-
-def test_large_parameters_stand_alone_and_small_neighbours_together(monkeypatch):
-    monkeypatch.setattr(exchanges, "OWN_NUMEL", 4)
-    assert sizes(in_pieces(parameters(4, 1, 2, 5, 6, 3))) == [[4], [1, 2], [5], [6], [3]]
+from conftest import MODULE_PATH
 
 
 def test_one_rank_exchanges_nothing(monkeypatch):
@@ -98,44 +81,57 @@ def check_means(rank: int, device: torch.device) -> None:
     module.layers[2].weight.register_post_accumulate_grad_hook(lambda _: sent.append(model._next))
     model(batches[2]).backward()
     assert kept == [module.layers[3].weight.grad.data_ptr()] and 2 < sent[0] < len(model._buckets)
+    assert not module.turned.grad.is_contiguous(), "every gradient is laid out as a collective wants it"
     # A parameter without a gradient: another rank's would be added to those of another parameter.
     with pytest.raises(RuntimeError, match="1 parameters got no gradient"):
         model(batches[2], with_extra=False).backward()
+    with pytest.raises(AssertionError, match="a backward pass was broken off"):
+        model(batches[2])
 
 
-def run_rank(*, on_gpu: bool = False) -> None:
+def check_that_nothing_keeps_a_model_that_is_gone(device: torch.device) -> None:
+    """Not even the hooks of its parameters, into which the collector does not see."""
+    model = DataParallelModel(Toy().to(device))
+    weight = weakref.ref(model.unwrap().turned)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def run_rank() -> None:
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    rank, on_gpu = int(os.environ["RANK"]), sys.argv[1:] == ["gpus"]
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     exchanges.OWN_NUMEL = 25  # matrices in their own memory, vectors in a copy
     check_means(rank, device)
+    check_that_nothing_keeps_a_model_that_is_gone(device)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_this_file(*launcher: str) -> None:
-    environment = os.environ | {"PYTHONPATH": MODULES}
-    command = [sys.executable, *launcher, __file__]
+def run_this_file(*launcher: str, on: str) -> None:
+    environment = os.environ | {"PYTHONPATH": MODULE_PATH}
+    command = [sys.executable, *launcher, __file__, on]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_gradients_of_two_ranks_are_those_of_the_whole_batch():
-    run_this_file()
+    run_this_file(on="cpu")
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gradients_of_two_gpus_are_those_of_the_whole_batch():
-    run_this_file("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run_this_file("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", on="gpus")
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        run_rank(on_gpu=True)
+    if sys.argv[1] == "gpus":
+        run_rank()
     else:
         from benchmarks.forks import fork_ranks
 

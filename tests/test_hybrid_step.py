@@ -14,14 +14,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
-from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelAMPOptimizer, HybridParallelModule
+from colossalai.booster.plugin.hybrid_parallel_plugin import (
+    HybridParallelAMPOptimizer,
+    HybridParallelModule,
+    HybridParallelPlugin,
+)
 from colossalai.nn.optimizer import HybridAdam
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import OPTConfig, OPTForCausalLM
 
 from colossal_ext import hybrid_gradients, hybrid_step, pipeline_barrier, upstream
 from colossal_ext.adam_kernels import CompileFreeAdam
+from colossal_ext.data_parallel import DataParallelModel
 from colossal_ext.hybrid_step import install_hybrid_step_mend
 from colossal_ext.mends import install_mends
+from colossal_ext.opt_policy import OPTCausalLMPolicy
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,6 +104,46 @@ def test_an_overflow_is_skipped() -> None:
     optimizer.step()
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def boost(model: nn.Module) -> tuple[Any, Any]:
+    plugin = HybridParallelPlugin(tp_size=1, pp_size=1, precision="bf16", custom_policy=OPTCausalLMPolicy())
+    adam = CompileFreeAdam(model.parameters(), lr=1e-2)
+    return plugin.configure(model, adam)[:2]
+
+
+def small_opt() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "max_position_embeddings": 8, "hidden_size": 8, "ffn_dim": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+
+
+def test_one_rank_has_no_ddp_whose_buckets_would_keep_the_gradients() -> None:
+    module = small_opt()
+    model, optimizer = boost(module)
+    assert isinstance(model.module, DataParallelModel) and model.unwrap() is module
+    assert not any(isinstance(each, DistributedDataParallel) for each in model.modules())
+    rows = torch.arange(8)[None]
+    optimizer.backward(model(input_ids=rows, labels=rows).loss)
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_fp32_weights_are_made_of_16_bit_ones_so_that_a_large_model_may_be_cast_before() -> None:
+    (_, whole), (_, cast) = boost(small_opt()), boost(small_opt().bfloat16())
+    pairs = list(zip(whole.master_to_working_map, cast.master_to_working_map, strict=True))
+    assert pairs and all(one.dtype is torch.float32 and torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", ["find_unused_parameters", "static_graph"])
+def test_an_option_of_ddp_that_would_have_no_effect_is_refused(name: str) -> None:
+    plugin = HybridParallelPlugin(
+        tp_size=1, pp_size=1, precision="bf16", custom_policy=OPTCausalLMPolicy(), **{name: True}
+    )
+    with pytest.raises(ValueError, match=f"{name}: has no effect"):
+        plugin.configure(small_opt())
 
 
 def test_another_optimizer_gets_upstreams_step(monkeypatch: pytest.MonkeyPatch) -> None:

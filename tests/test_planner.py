@@ -188,7 +188,7 @@ def test_gemini_moves_optimizer_states_to_the_host_by_their_share() -> None:
     assert predicted[0].host_bytes < predicted[1].host_bytes < predicted[2].host_bytes
 
 
-@pytest.mark.parametrize("plugin", ["low_level_zero", "gemini"])
+@pytest.mark.parametrize("plugin", ["low_level_zero", "gemini", "hybrid_parallel"])
 def test_no_rank_holds_a_large_model_in_fp32_where_it_can_be_cast_as_it_is_drawn(plugin: str) -> None:
     sizes = {"plugin": plugin, "precision": "bf16", "num_params": int(30e9), "limit_bytes": 139 * GIB}
     assert planner.weights_place(**sizes, world_size=4) == "cast"

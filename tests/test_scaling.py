@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from args import TrainArgs, problems
 from benchmarks import scaling as page
 from conftest import ROOT
 from opt_sizes import OPT_SHAPES
-from planner import GIB, PlanRequest, model_shape
+from planner import GIB, PlanRequest, model_shape, stage_params
 from scaling import NIC_BYTES_S, NVLINK_BYTES_S, Group, Job, Machines, groups, predict
 
 SHAPE = model_shape(OPT_SHAPES["1.3b"])
@@ -127,6 +128,15 @@ def test_an_interleaved_pipeline_waits_half_as_long_sends_twice_and_holds_more()
     activations = [each.plan.device_bytes.activations for each in (plain, interleaved)]
     assert activations[1] == pytest.approx(activations[0] * 5.5 / 4, rel=0.1)  # pieces: 4, and 11 of half a stage
     assert scaling.setting_of(settings[1]) == "hybrid_parallel, pp 4, 8 pieces, interleaved"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 512])
+def test_replicas_of_divided_layers_never_wait_longer_than_their_exchange_takes(tp, rows):
+    setting = request("hybrid_parallel", 2 * tp, tp=tp, zero_stage=0, batch_size=rows)
+    num_bytes = 2 * stage_params(setting)
+    whole_s = Group(2, 2).all_reduce_s(num_bytes, calls=math.ceil(num_bytes / scaling.OWN_BUCKET_BYTES))
+    assert 0 < predict(setting, Machines(2 * tp)).step.gradients <= whole_s
 
 
 def test_gradients_hide_behind_a_long_backward_pass_but_for_the_last_bucket(monkeypatch):

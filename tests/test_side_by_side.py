@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -19,7 +20,7 @@ from args import parse_args
 from benchmarks import side_by_side
 from benchmarks.peers import harness, hf_trainer, plain
 from benchmarks.peers.harness import Job
-from benchmarks.side_by_side import CASES, Outcome, by_setting, command_of, make_rows, parse, ratio, typical
+from benchmarks.side_by_side import CASES, Outcome, by_setting, command_of, make_rows, parse, ratio, run_group, typical
 from runtime import EXIT_NAN
 
 PEER_FLAGS = "--model_name_or_path tiny --per_device_train_batch_size 2 --block_size 32 --max_train_steps 7".split()
@@ -31,6 +32,15 @@ def outcome(name, tokens_per_s, *, round_=1, is_ours=False, status="ok"):
 
 def job(*flags):
     return Job("peer", harness.parser(None).parse_args([*PEER_FLAGS, *flags]))
+
+
+def test_a_run_that_is_cut_off_leaves_no_process_not_even_in_a_session_of_its_own(tmp_path):
+    told = tmp_path / "pid"
+    rank = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    with (tmp_path / "log").open("w") as log:
+        assert run_group([sys.executable, "-c", launcher], log, dict(os.environ), limit_s=3) is None
+    assert not psutil.pid_exists(int(told.read_text()))
 
 
 def test_ratios_are_taken_to_the_baseline_and_to_the_fastest_peer():
