@@ -343,6 +343,11 @@ def _ddp_states(request: PlanRequest) -> States:
     return States(4 * p, 4 * p * int(request.accumulates), 4 * p, 4 * p, 0, 8 * p, 0)
 
 
+def _undivided_weights(request: PlanRequest) -> int:
+    """Return the 16-bit weights of the whole model that a rank of HybridParallel draws before it drops what is not its own."""
+    return 2 * request.shape.num_params if _weights_place(request) == "cast" else 0
+
+
 def _zero_states(request: PlanRequest) -> States:
     """HybridParallel with ZeRO: whole parameters, fp32 master weights and moments divided among data-parallel ranks.
 
@@ -360,6 +365,7 @@ def _zero_states(request: PlanRequest) -> States:
         master_weights=4 * p // dp,
         moments=8 * p // dp,
         communication=BUCKET_ELEMENTS * item,
+        built_parameters=_undivided_weights(request),
     )
 
 
@@ -446,8 +452,7 @@ def _hybrid_states(request: PlanRequest) -> States:
     kept = request.item_bytes * p * int(request.accumulates or request.pp > 1)
     if request.precision == "fp32":
         return States(4 * p, kept, 4 * p, 4 * p, 0, 8 * p, 0)
-    built = 2 * request.shape.num_params if _weights_place(request) == "cast" else 0
-    return States(2 * p, kept, 2 * p, 2 * p, 4 * p, 8 * p, 0, built_parameters=built)
+    return States(2 * p, kept, 2 * p, 2 * p, 4 * p, 8 * p, 0, built_parameters=_undivided_weights(request))
 
 
 # ---------------------------------------------------------------------------- activations

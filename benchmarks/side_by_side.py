@@ -33,6 +33,7 @@ import psutil
 
 import hardware
 import report
+from benchmarks.sweep import end
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_STATUS = {2: "refused", 3: "oom", 4: "nan", -signal.SIGKILL: "killed"}
@@ -473,21 +474,16 @@ def run_group(command: Sequence[str], log: Any, environment: dict[str, str], *, 
     ) as process:
         with contextlib.suppress(OSError):  # where the host's memory ends, the run shall die and not we
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        family = [psutil.Process(process.pid)]
+        launcher = psutil.Process(process.pid)
         try:
             return process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             return None
         finally:
             # torchrun's ranks have sessions of their own, which a signal to this one's group does not reach.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family += family[0].children(recursive=True)
+            end(launcher, grace_s=0)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family, timeout=60)  # much memory is given back slowly, and the next run wants it
 
 
 def read_ours(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXIT_STATES = {0: "ok", 2: "skipped", 3: "oom", 4: "nan"}
 BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt} runs, {elapsed} so far, {remaining} left"
 TERM_GRACE_S = 10  # a rank that can still end in order does so after its step
+KILL_WAIT_S = 60  # much memory is given back slowly, and the next run wants it
 
 
 def main(flags: Sequence[str]) -> int:
@@ -230,19 +231,19 @@ def run_for(seconds: float, command: list[str], log: Any) -> int | None:
         end(process)
 
 
-def end(process: psutil.Process) -> None:
-    """End a launcher and all below it: SIGTERM to the launcher, who passes it on, then SIGKILL to what is left."""
+def end(process: psutil.Process, *, grace_s: float = TERM_GRACE_S) -> None:
+    """End a launcher and all below it: SIGTERM to the launcher, who passes it on, SIGKILL to what is left after `grace_s`."""
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [process, *process.children(recursive=True)]
         process.terminate()
     try:
-        _, family = psutil.wait_procs(family, timeout=TERM_GRACE_S)
+        _, family = psutil.wait_procs(family, timeout=grace_s)
     finally:  # a second Ctrl-C does not wait
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        psutil.wait_procs(family, timeout=TERM_GRACE_S)
+        psutil.wait_procs(family, timeout=KILL_WAIT_S)
 
 
 # ---------------------------------------------------------------------------- what people see

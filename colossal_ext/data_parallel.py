@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from .exchanges import BUCKETS, GradientBucket, in_parts
 from .upstream import require_mended_version
 
-# One exchange at least.
+# Of one exchange at least.
 BUCKET_BYTES = 2**28
 
 

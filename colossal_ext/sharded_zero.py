@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adam_kernels import CompileFreeAdam
-from .exchanges import BUCKETS, in_parts, in_pieces, mean_operation, together, wait_for
+from .exchanges import BUCKETS, in_parts, in_pieces, prepare_mean, together, wait_for
 from .local_zero import LocalZeroOptimizer, LocalZeroPlugin, MasterWeights, groups_of, offloaded
 from .pinned import pinned_empty
 
@@ -133,7 +133,7 @@ class Bucket:
         self.num_missing = len(self.parameters)
         self._exchanged = [self._to_send(parameters) for parameters, _ in self._pieces]
         self._received = self._exchanged[0].new_empty(self.numel)
-        mean = mean_operation(self._exchanged, self.num_ranks)
+        mean = prepare_mean(self._exchanged, self.num_ranks)
         shares = [self._received[part] for _, part in self._pieces]
         sent = [each.view(-1) for each in self._exchanged]
         self._works = together(dist.reduce_scatter_tensor, shares, sent, op=mean)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from colossal_ext import exchanges
-from colossal_ext.exchanges import in_parts, in_pieces, mean_operation
+from colossal_ext.exchanges import in_parts, in_pieces, prepare_mean
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
@@ -39,11 +39,11 @@ def test_large_parameters_stand_alone_and_small_neighbours_together(monkeypatch)
     ],
 )
 def test_nccls_own_mean_is_taken_where_it_is_exact(dtype: torch.dtype, num_ranks: int, has_mean: bool):
-    operation = mean_operation([torch.ones(2, dtype=dtype, device="meta")], num_ranks)
+    operation = prepare_mean([torch.ones(2, dtype=dtype, device="meta")], num_ranks)
     assert operation == (dist.ReduceOp.AVG if has_mean else dist.ReduceOp.SUM)
 
 
 def test_gloo_adds_up_what_is_divided_before():
     tensors = [torch.tensor([4.0, 2.0]), torch.tensor([1.0])]
-    assert mean_operation(tensors, 2) == dist.ReduceOp.SUM
+    assert prepare_mean(tensors, 2) == dist.ReduceOp.SUM
     assert [each.tolist() for each in tensors] == [[2.0, 1.0], [0.5]]
