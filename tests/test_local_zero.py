@@ -6,9 +6,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_the_last_matrices_go_to_the_host_until_the_share_is_reached():
     assert list(offloaded(parameters, 0.0)) == []
     assert [id(each) for each in offloaded(parameters, 0.3)] == [id(matrices[2])]
     assert [id(each) for each in offloaded(parameters, 1.0)] == [id(each) for each in reversed(matrices)]
+
+
+@pytest.mark.parametrize(("in_backward", "launches"), [(False, [3]), (True, [2, 1])])
+def test_gradients_are_collected_for_a_launch(monkeypatch, in_backward, launches):
+    monkeypatch.setattr("colossal_ext.local_zero.FLUSH_NUMEL", 8)
+    sizes, optimizer = [], cast(Any, object.__new__(LocalZeroOptimizer))
+    adam = SimpleNamespace(param_groups=[None], settings=lambda *_: SETTINGS)
+    adam.update = lambda on_host, tensors, settings: sizes.append(len(tensors.params))
+    optimizer.__dict__.update(optim=adam, grad_handles=[], _updates_in_backward=in_backward, _pending_numel=0)
+    optimizer._pending = defaultdict(AdamTensors.empty)
+    for _ in range(3):
+        states = torch.zeros(4), torch.zeros(4), torch.zeros(4)
+        optimizer._submit((0, 1), torch.ones(4), states, torch.zeros(4), 1.0, on_host=False)
+    optimizer._flush(1.0)
+    assert sizes == launches
 
 
 def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch):
