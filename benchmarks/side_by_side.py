@@ -156,6 +156,7 @@ class Case:
 
 
 TP2_PP2 = ("--tp", "2", "--pp", "2")
+INTERLEAVED = ("--pp_schedule", "interleaved")
 
 
 def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ...]:
@@ -166,20 +167,24 @@ def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ..
         _ours("gemini"),
         _ours("hybrid_parallel", "--tp", "2", name="hybrid_tp2", min_gpus=2),
         _ours("hybrid_parallel", *TP2_PP2, name="hybrid_tp2_pp2", min_gpus=4),
-        _ours("hybrid_parallel", *TP2_PP2, "--pp_schedule", "interleaved", name="hybrid_interleaved", min_gpus=4),
+        _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, name="hybrid_interleaved", min_gpus=4),
     )
 
 
-GPUS_CONTESTANTS = _scaling_contestants(
-    peers=(
-        Contestant("fsdp2_compile", "fsdp2"),
-        _deepspeed("deepspeed_zero2", "--stage", "2"),
-        _deepspeed("deepspeed_zero3", "--stage", "3"),
-    )
+GPUS_CONTESTANTS = (
+    *_scaling_contestants(
+        peers=(
+            Contestant("fsdp2_compile", "fsdp2"),
+            _deepspeed("deepspeed_zero2", "--stage", "2"),
+            _deepspeed("deepspeed_zero3", "--stage", "3"),
+        )
+    ),
+    _ours("hybrid_parallel", "--pp", "4", *INTERLEAVED, name="hybrid_pp4_interleaved", min_gpus=4),
 )
 LARGEST_CONTESTANTS = (
     *(each for each in GPUS_CONTESTANTS if each.name not in ("torch_ddp", "low_level_zero")),
     _ours("low_level_zero", "--offload_optim_frac", "0.3", name="low_level_zero_offload"),
+    _ours("auto", chooses_recompute=True),
 )
 SPEED_CONTESTANTS = (
     PLAIN,
@@ -211,7 +216,7 @@ CASES = {
         device_init=True,
         needs_gb={"6.7b": 79},
     ),
-    # An H200 has room for all activations up to 13b, but not for torch_ddp of 6.7b on several GPUs; an H100 needs --recompute.
+    # An H200 has room for all activations up to 13b; an H100 needs --recompute.
     "gpus": Case(
         "fsdp2_compile",
         (
