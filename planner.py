@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any, Literal
 
 from args import TrainArgs, microbatch_choices, microbatch_numbers, pipeline_microbatches, problems
@@ -65,10 +66,10 @@ Place = Literal["device", "host", "cast"]
 # The flags that `auto` can decide and that advice has to name.
 AUTO_FLAGS = (
     "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_microbatches",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "tp", "pp", "pp_schedule", "num_microbatches",
 )  # fmt: skip
 # What else a plugin may have been given, and another one would refuse.
-LAYOUT_FLAGS = ("tp", "pp", "pp_schedule", "placement")
+OTHER_FLAGS = ("placement",)
 # Where memory ran out, advice leaves this much more of it free than a plan does.
 OOM_ROOM = 0.9
 OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
@@ -78,6 +79,8 @@ OFFLOAD_HANDICAP = 1.05
 # The same for a batch cut into smaller micro-batches: gradients are then summed in their own 16 bits, but for
 # torch_ddp, and the time of small micro-batches is an estimate.
 SPLIT_HANDICAP = 1.1
+# The same for layers or depth divided among GPUs, which hangs on the links, and on a host that is quick to launch.
+LAYOUT_HANDICAP = 1.1
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class ModelShape:
         layer_params: parameters of one layer.
         matrix_params: elements of all matrices a token is multiplied with, the output head once.
         layer_matrix_params: the part of them that stands in the layers.
+        num_heads: of attention; 0: not OPT, whose layers hybrid_parallel cannot divide.
     """
 
     num_layers: int
@@ -103,6 +107,7 @@ class ModelShape:
     layer_params: int
     matrix_params: int
     layer_matrix_params: int
+    num_heads: int = 0
 
 
 def model_shape(shape: OPTShape, num_params: int | None = None) -> ModelShape:
@@ -115,11 +120,13 @@ def model_shape(shape: OPTShape, num_params: int | None = None) -> ModelShape:
     h, layers = shape.hidden_size, shape.num_layers
     projections = 2 * h * shape.embed_dim if shape.embed_dim != h else 0
     head = shape.vocab_size * shape.embed_dim
+    num_heads = 0
     if num_params is None or num_params == shape.num_params:
         num_params = shape.num_params
         layer_matrices = 4 * h * h + 2 * h * shape.ffn_dim
         # Beside the matrices: their biases, 4 h + ffn + h, and two LayerNorms of 2 h.
         layer_params, ffn_width = layer_matrices + 9 * h + shape.ffn_dim, shape.ffn_dim
+        num_heads = shape.num_heads
     else:
         layer_params = layer_matrices = max(num_params - head, 0) // layers
         ffn_width = max(layer_matrices - 4 * h * h, 0) // h
@@ -134,7 +141,22 @@ def model_shape(shape: OPTShape, num_params: int | None = None) -> ModelShape:
         layer_params=layer_params,
         matrix_params=layers * layer_matrices + projections + head,
         layer_matrix_params=layers * layer_matrices,
+        num_heads=num_heads,
     )
+
+
+def layouts(shape: ModelShape, world_size: int, gpus: int) -> Iterator[tuple[int, int]]:
+    """Yield tp and pp, powers of two that divide GPUs, heads, vocabulary and layers; tp stays in a machine.
+
+    Args:
+        gpus: of one machine.
+    """
+    yield 1, 1
+    for tp in (1, 2, 4, 8) if shape.num_heads else ():
+        divides_layers = gpus % tp == shape.num_heads % tp == shape.vocab_size % tp == 0
+        for pp in (1, 2, 4, 8, 16):
+            if tp * pp > 1 and divides_layers and world_size % (tp * pp) == shape.num_layers % pp == 0:
+                yield tp, pp
 
 
 @dataclass(frozen=True)
@@ -661,6 +683,7 @@ class Choice:
 
     Args:
         precision: bf16, fp16 or fp32.
+        tp, pp, pp_schedule: of hybrid_parallel.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
         reason: one line: what was chosen and why.
@@ -674,6 +697,9 @@ class Choice:
     offload_optim_frac: float
     offload_param_frac: float
     step_in_backward: bool
+    tp: int
+    pp: int
+    pp_schedule: str
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     num_microbatches: int
@@ -700,8 +726,8 @@ def resolve_auto(
     """Return the setting that is expected to be fastest of those predicted to fit; flags that are given stand.
 
     Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, the pieces of
-    a pipeline's micro-batch and, with `--plugin auto`, smaller micro-batches of the same global batch. Of equally fast
-    settings the simplest is taken. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
+    a pipeline's micro-batch and, with `--plugin auto`, smaller micro-batches of the same global batch and, on the GPUs of
+    one machine, tp x pp. Of equally fast settings the simplest is taken. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
 
     Args:
         gpu_gib: memory of one GPU; None on a CPU.
@@ -715,9 +741,10 @@ def resolve_auto(
         "processes_per_host": processes_per_host or world_size,
         "dropout": dropout,
     }
+    one_machine = on_host["processes_per_host"] == world_size
     best: _Candidate | None = None
     for micro_batches in _splits(args, gpu_gib):
-        for request in _requests(_split(args, micro_batches), shape, world_size, gpu_gib, has_bf16):
+        for request in _requests(_split(args, micro_batches), shape, world_size, gpu_gib, has_bf16, one_machine):
             full = replace(request, **on_host)
             least = _Candidate.of(full, is_split=micro_batches > 1)  # recompute only adds to its cost
             if best and best.plan.fits and least.cost >= best.cost:
@@ -754,8 +781,10 @@ class _Candidate:
     @property
     def cost(self) -> float:
         """Seconds of a step, raised by the handicaps."""
-        split = SPLIT_HANDICAP if self.is_split else 1.0
-        return self.step_time.total * split * (OFFLOAD_HANDICAP if self.request.offload_optim_frac else 1.0)
+        request, cost = self.request, self.step_time.total
+        cost *= SPLIT_HANDICAP if self.is_split else 1.0
+        cost *= LAYOUT_HANDICAP if request.tp * request.pp > 1 else 1.0
+        return cost * (OFFLOAD_HANDICAP if request.offload_optim_frac else 1.0)
 
 
 def work(request: PlanRequest) -> Work:
@@ -769,7 +798,7 @@ def work(request: PlanRequest) -> Work:
         plugin=request.plugin,
         at_best=request.precision == "bf16" and not request.on_cpu,
         on_gpu=not request.on_cpu,
-        exchanges=request.world_size > 1,
+        exchanges=request.dp_size > 1,
         tokens=request.batch_size * request.block_size * request.accumulation_steps,
         seq_len=request.block_size,
         micro_batches=request.accumulation_steps,
@@ -784,7 +813,15 @@ def work(request: PlanRequest) -> Work:
         pieces=request.num_microbatches,
         chunks=request.pp_chunks,
         compiled=request.compiled,
+        layer_bytes=_layer_bytes(request),
     )
+
+
+def _layer_bytes(request: PlanRequest) -> float:
+    """Return what two all-reduces of a divided layer's output forward and two backward pass over a GPU's link in a step."""
+    layers = (4 * request.shape.num_layers + 2 * request.checkpointed_layers) / request.pp
+    tokens = request.batch_size * request.block_size * request.accumulation_steps
+    return 2 * (request.tp - 1) / request.tp * layers * tokens * request.shape.hidden_size * request.item_bytes
 
 
 def _splits(args: TrainArgs, gpu_gib: float | None) -> list[int]:
@@ -812,28 +849,34 @@ class _Setting:
     offload_optim_frac: float = 0.0
     offload_param_frac: float = 0.0
     step_in_backward: bool = False
+    tp: int = 1
+    pp: int = 1
+    pp_schedule: str = "1f1b"
 
 
 def _requests(
-    args: TrainArgs, shape: ModelShape, world_size: int, gpu_gib: float | None, has_bf16: bool
+    args: TrainArgs, shape: ModelShape, world_size: int, gpu_gib: float | None, has_bf16: bool, one_machine: bool
 ) -> Iterator[PlanRequest]:
     """Yield the settings that the flags leave open, simplest first, without recompute."""
-    for setting in _settings(args, world_size, on_cpu=gpu_gib is None, has_bf16=has_bf16):
-        named = replace(args, plugin=setting.plugin)
+    found = _settings(args, world_size, on_cpu=gpu_gib is None, has_bf16=has_bf16)
+    if args.plugin == "auto" and gpu_gib is not None and one_machine:
+        found = chain(found, _divided(args, shape, world_size))
+    for setting in found:
+        named = replace(args, plugin=setting.plugin, tp=setting.tp, pp=setting.pp, pp_schedule=setting.pp_schedule)
         precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
         zero_stage = args.zero_stage if args.zero_stage is not None else int(setting.plugin == "low_level_zero")
-        is_pipeline = setting.plugin == "hybrid_parallel" and args.pp > 1
+        is_pipeline = setting.plugin == "hybrid_parallel" and setting.pp > 1
         request = PlanRequest(
             shape=shape,
             plugin=setting.plugin,
             precision=precision,
             world_size=world_size,
-            batch_size=args.train_batch_size,
+            batch_size=named.train_batch_size,
             block_size=min(args.block_size, shape.max_positions),
             zero_stage=zero_stage,
-            tp=args.tp,
-            pp=args.pp,
-            pp_chunks=2 if is_pipeline and args.pp_schedule == "interleaved" else 1,
+            tp=setting.tp,
+            pp=setting.pp,
+            pp_chunks=2 if is_pipeline and setting.pp_schedule == "interleaved" else 1,
             accumulation_steps=args.gradient_accumulation_steps,
             offload_optim_frac=setting.offload_optim_frac,
             offload_param_frac=setting.offload_param_frac,
@@ -843,7 +886,7 @@ def _requests(
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
-        yield from in_pieces(request, microbatch_choices(args)) if is_pipeline else [request]
+        yield from in_pieces(request, microbatch_choices(named)) if is_pipeline else [request]
 
 
 def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:
@@ -859,7 +902,8 @@ def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool)
     if args.plugin != "auto":
         on = {"on": True, "off": False, "auto": can_step and args.offload_optim_frac > 0}[args.step_in_backward]
         on = on and args.plugin == "low_level_zero"
-        yield _Setting(args.plugin, args.offload_optim_frac, args.offload_param_frac, on)
+        fractions = args.offload_optim_frac, args.offload_param_frac
+        yield _Setting(args.plugin, *fractions, on, args.tp, args.pp, args.pp_schedule)
         return
     limited = not on_cpu or args.mem_cap > 0
     lacks_bf16 = args.precision == "auto" and not on_cpu and not has_bf16
@@ -881,6 +925,19 @@ def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool)
         for fraction in OFFLOAD_STEPS:
             yield _Setting("gemini", fraction)
     yield _Setting("gemini", 1.0, 1.0)
+
+
+def _divided(args: TrainArgs, shape: ModelShape, world_size: int) -> Iterator[_Setting]:
+    """Yield the ways to divide layers and depth among the GPUs of one machine."""
+    same_batch = args.per_device_eval_batch_size in (None, args.per_device_train_batch_size)
+    if args.precision == "fp32" or not args.packs_text:
+        return
+    for tp, pp in layouts(shape, world_size, world_size):
+        if tp * pp > 1 and (same_batch or pp == 1):
+            setting = _Setting("hybrid_parallel", tp=tp, pp=pp)
+            yield setting
+            if pp > 1 and shape.num_layers % (2 * pp) == 0:
+                yield replace(setting, pp_schedule="interleaved")
 
 
 def _can_step_in_backward(args: TrainArgs, world_size: int) -> bool:
@@ -949,10 +1006,13 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
     if request.step_in_backward:
         what.append("updated in the backward pass")
+    what += [f"{axis} {size}" for axis, size in (("tp", request.tp), ("pp", request.pp)) if size > 1]
+    if request.pp_chunks > 1:
+        what.append("interleaved")
     if request.num_microbatches > 1:
         what.append(f"cut into {request.num_microbatches} pieces")
     what.append(_recompute_text(request))
-    rows = request.batch_size // args.replica_size
+    rows = request.batch_size // (request.tp * request.pp)
     if chosen.is_split:
         what.append(f"batch cut into {args.per_device_train_batch_size // rows} micro-batches of {rows}")
     kind = "the fastest predicted to fit" if args.plugin == "auto" else "as asked"
@@ -965,6 +1025,9 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         offload_optim_frac=request.offload_optim_frac,
         offload_param_frac=request.offload_param_frac,
         step_in_backward=request.step_in_backward,
+        tp=request.tp,
+        pp=request.pp,
+        pp_schedule="interleaved" if request.pp_chunks > 1 else "1f1b",
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
@@ -999,6 +1062,7 @@ MAIN_SETTINGS: tuple[dict[str, Any], ...] = (
     {"plugin": "hybrid_parallel", "tp": 2},
     {"plugin": "hybrid_parallel", "pp": 2},
     {"plugin": "hybrid_parallel", "tp": 2, "pp": 2},
+    {"plugin": "hybrid_parallel", "tp": 2, "pp": 2, "pp_schedule": "interleaved"},
 )
 
 
@@ -1143,7 +1207,7 @@ def fitting_flags(
     """
     limits = [gpu_gib * GIB / 1e9 if gpu_gib else 0.0, given.mem_cap]
     limit_gb = min((limit for limit in limits if limit), default=0.0)
-    free = {spec.name: spec.default for spec in fields(TrainArgs) if spec.name in (*AUTO_FLAGS, *LAYOUT_FLAGS)}
+    free = {spec.name: spec.default for spec in fields(TrainArgs) if spec.name in (*AUTO_FLAGS, *OTHER_FLAGS)}
     rows = {name: getattr(given, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     asked = replace(given, **{**free, **rows, "mem_cap": OOM_ROOM * limit_gb})
     choice = resolve_auto(asked, shape, world_size, gpu_gib, host_gib, **options)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import report
-from planner import GIB, ModelShape, Plan, PlanRequest, in_pieces, plan, stage_params
+from planner import GIB, ModelShape, Plan, PlanRequest, in_pieces, layouts, plan, stage_params
 from speed import COMPILED_LAYER_S, EAGER_LAYER_S
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
@@ -303,10 +303,12 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
         processes_per_host=machines.gpus, dropout=job.dropout, random_weights=True,
     )  # fmt: skip
     stages = {"low_level_zero": (1,), "hybrid_parallel": (0, 1)}.get(plugin, (0,))
-    layouts = [(1, 1)] if plugin != "hybrid_parallel" else list(_layouts(job.shape, machines))
+    chosen = [(1, 1)]
+    if plugin == "hybrid_parallel":
+        chosen = list(layouts(job.shape, machines.world_size, machines.gpus))
     for recomputed in (0, job.shape.num_layers):
         for stage in stages:
-            for tp, pp in layouts:
+            for tp, pp in chosen:
                 rows = job.rows * tp * pp
                 setting = replace(
                     base,
@@ -323,14 +325,6 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                 yield from in_pieces(setting)
                 if job.shape.num_layers % (2 * pp) == 0:
                     yield from in_pieces(replace(setting, pp_chunks=2))
-
-
-def _layouts(shape: ModelShape, machines: Machines) -> Iterator[tuple[int, int]]:
-    """Yield tp and pp, powers of two that divide GPUs and layers; tp stays in a machine."""
-    for tp in (1, 2, 4, 8):
-        for pp in (1, 2, 4, 8, 16):
-            if machines.gpus % tp == 0 and machines.world_size % (tp * pp) == 0 and shape.num_layers % pp == 0:
-                yield tp, pp
 
 
 PLUGINS = ("torch_ddp", "low_level_zero", "gemini", "hybrid_parallel")

@@ -28,14 +28,16 @@ OTHER_ZERO_SPEED = 0.8
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200 (2026-11-27). torch_ddp by its
 # own 211,925 tokens/s there and 59,230 on one; the others so that with the update, of which each rank may have a share, they
 # take what they took beside torch_ddp in the same call: low_level_zero 243,692 to 211,925, gemini 193,136 to 211,190;
-# hybrid_parallel with tp 2, compiled, 180,811 to low_level_zero's 242,733 in another call.
+# hybrid_parallel with tp 2, compiled, 181.2 ms, of which LAYER_BYTES_S explains 19.6, the update 5, to 120.5 on one.
 EXCHANGE_SPEED = {
     "torch_ddp": 0.886,
     "torch_ddp_fp16": 0.886,
     "low_level_zero": 0.927,
     "gemini": 0.763,
-    "hybrid_parallel": 0.697,
+    "hybrid_parallel": 0.77,
 }
+# Bus bandwidth of an all-reduce between two GPUs over NVLink, measured; nothing hides those of divided layers.
+LAYER_BYTES_S = 329e9
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
 # where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most,
 # hybrid_parallel's is from before it had a step of its own. Half as much more on another host.
@@ -70,13 +72,14 @@ class Work:
     Args:
         at_best: GPUs in bf16.
         on_gpu: the host launches what a GPU computes.
-        exchanges: with other ranks.
+        exchanges: with other data-parallel ranks.
         tokens: of all micro-batches, for each GPU of a data-parallel replica of `replica_size` GPUs.
         gpu_states, host_states: parameters that this GPU, and the whole host, update.
         host_parameters: parameters that come from the host when they are needed.
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
         chunks: parts of the model that a stage has.
         compiled: its layers.
+        layer_bytes: that pass a GPU's link in all-reduces of divided layers.
     """
 
     shape: MatrixShape
@@ -98,6 +101,7 @@ class Work:
     pieces: int = 1
     chunks: int = 1
     compiled: bool = True
+    layer_bytes: float = 0.0
 
     @property
     def bubble(self) -> float:
@@ -110,7 +114,7 @@ class StepTime:
     """Seconds of a step by cause; the whole is their sum.
 
     Args:
-        compute: forward, backward and the GPU's own update.
+        compute: forward, backward, with what divided layers exchange, and the GPU's own update.
         recompute: forward of the recomputed layers once more.
         micro_batches: what accumulation adds.
         host: the GPU waits for the host's updates and parameters.
@@ -148,7 +152,7 @@ def step_time(work: Work) -> StepTime:
     """
     flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
     rate = GPU_FLOPS * work.replica_size * _plugin_speed(work) / (1 + work.bubble)
-    forward_backward = work.tokens * flops.model / rate
+    forward_backward = work.tokens * flops.model / rate + work.layer_bytes / LAYER_BYTES_S * (1 + work.bubble)
     recompute = work.tokens * (flops.hardware - flops.model) / rate
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
     host = work.host_states * HOST_ADAM_S

@@ -318,6 +318,9 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         step_in_backward="on" if choice.step_in_backward else "off",
         per_device_train_batch_size=choice.per_device_train_batch_size,
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        tp=choice.tp,
+        pp=choice.pp,
+        pp_schedule=choice.pp_schedule,
         num_microbatches=choice.num_microbatches,
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )

@@ -510,6 +510,55 @@ def test_a_small_model_takes_the_fastest_plugin_without_recompute(world_size: in
     assert (choice.plugin, choice.precision, choice.checkpointed_layers, choice.fits) == (plugin, "bf16", 0, True)
 
 
+LARGE: dict[str, Any] = {"per_device_train_batch_size": 4, "block_size": 1024}
+
+
+def choose_on_four(size: str = "30b", **flags: Any) -> Any:
+    """Return the choice on four GPUs of 140 GiB, for which 30b is too large unless it is divided or recomputed."""
+    return choose(size, 139.8, world_size=4, host_gib=512, **{**LARGE, **flags})
+
+
+def test_layers_are_divided_where_that_spares_their_recomputation() -> None:
+    choice = choose_on_four()
+    assert (choice.plugin, choice.fits, choice.checkpointed_layers) == ("hybrid_parallel", True, 0)
+    assert choice.tp * choice.pp == 4 and choice.per_device_train_batch_size == 4
+    assert 4 * 4 % choice.num_microbatches == 0 < choice.num_microbatches
+    flags = {name: getattr(choice, name) for name in ("plugin", "tp", "pp", "pp_schedule", "num_microbatches")}
+    named = TrainArgs(**LARGE, **flags, precision="bf16")
+    assert problems(named, world_size=4, num_gpus=4, gpus_per_node=4) == []
+    again = resolve_auto(named, shape_of("30b"), 4, 139.8, 512)
+    assert again.plan.device_bytes == choice.plan.device_bytes
+
+
+@pytest.mark.parametrize(
+    "flags", [{"dataset": "netflix"}, {"precision": "fp32"}, {"size": "13b"}, {"size": "6.7b"}, {"size": "1.3b"}]
+)
+def test_layers_stay_whole_where_all_else_is_as_good(flags: dict[str, Any]) -> None:
+    choice = choose_on_four(**flags)
+    assert choice.plugin != "hybrid_parallel" and (choice.tp, choice.pp, choice.num_microbatches) == (1, 1, 0)
+
+
+def test_a_pipeline_needs_evaluation_batches_of_its_own_size() -> None:
+    assert choose_on_four(per_device_eval_batch_size=4).pp > 1
+    assert choose_on_four(per_device_eval_batch_size=8).pp == 1
+
+
+def test_several_machines_and_other_models_than_opt_are_not_divided() -> None:
+    args, shape = TrainArgs(**LARGE), shape_of("30b")
+    where = (4, 139.8, 512)
+    assert resolve_auto(args, shape, *where, processes_per_host=4).plugin == "hybrid_parallel"
+    assert resolve_auto(args, shape, *where, processes_per_host=2).plugin != "hybrid_parallel"
+    other = model_shape(OPT_SHAPES["30b"], OPT_SHAPES["30b"].num_params + 1)
+    assert resolve_auto(args, other, *where, processes_per_host=4).plugin != "hybrid_parallel"
+
+
+def test_layouts_divide_gpus_heads_and_layers_and_keep_tp_inside_a_machine() -> None:
+    found = list(planner.layouts(shape_of("125m"), 16, gpus=8))  # 12 layers, 12 heads
+    assert found[0] == (1, 1) and set(found) == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)}
+    assert all(tp <= 2 for tp, _ in planner.layouts(shape_of("125m"), 16, gpus=2))
+    assert list(planner.layouts(replace(shape_of("125m"), num_heads=0), 16, gpus=8)) == [(1, 1)]
+
+
 def test_less_memory_is_bought_with_ever_more_time_and_states_on_the_host() -> None:
     choices = [choose("1.3b", gpu_gib=gib) for gib in (80, 40, 24, 18, 11)]
     assert all(choice.fits and choice.plugin == "low_level_zero" for choice in choices)
