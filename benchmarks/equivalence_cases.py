@@ -183,6 +183,7 @@ def _strategies(world_size: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield "pp 2, interleaved", f"{hybrid} --pp 2 --pp_schedule interleaved", full
     if world_size == 4:
         yield "tp 2 x pp 2", f"{hybrid} --tp 2 --pp 2", full
+        yield "pp 4", f"{hybrid} --pp 4", full
         yield "tp 2 x dp 2", f"{hybrid} --tp 2", full
         yield "tp 2 x dp 2, ZeRO 1", f"{hybrid} --tp 2 --zero_stage 1", half
         yield "pp 2 x dp 2", f"{hybrid} --pp 2", full
