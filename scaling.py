@@ -33,10 +33,10 @@ COMPILED_SHARE = {
     "hybrid_parallel": 0.72,
 }
 EAGER_SHARE = 0.5
-# Compiled layers take this much longer while NCCL's kernels hold a part of the GPU: PyTorch's DDP of 1.3b on 2 and 4 H200
-# (2026-11-27); LowLevelZero, which exchanges half as much in few large parts: 6.7b and 13b on 4 (2026-11-28).
-BESIDE_NCCL = 1.13
-BESIDE_FEW_EXCHANGES = 1.04
+# Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200; LowLevelZero,
+# which exchanges half as much: 6.7b and 13b on 4 (2026-11-28); small buckets: PyTorch's DDP of 1.3b on 2 and 4 (2026-11-27).
+BESIDE_NCCL = {"low_level_zero": 1.04, "torch_ddp": 1.08, "torch_ddp_fp16": 1.08}
+BESIDE_SMALL_BUCKETS = 1.13
 # Forward passes made again, over what their operations would take at that rate: 6.7b, batch 4, on one H200 407.7 for 316.3
 # ms (0.86), 13b, batch 4, on four 770.3 for 644.3 and 651.7 (0.6; 2026-11-27).
 RECOMPUTED = 0.7
@@ -196,7 +196,7 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size / (request.tp * request.pp)
     rate = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
-    slowdown = BESIDE_FEW_EXCHANGES if request.plugin == "low_level_zero" else BESIDE_NCCL
+    slowdown = BESIDE_NCCL.get(request.plugin, BESIDE_SMALL_BUCKETS)
     beside_nccl = slowdown if request.compiled and request.dp_size > 1 else 1.0
     forward_s = tokens * flops.model / 3 / rate * beside_nccl
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED

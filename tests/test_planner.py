@@ -389,6 +389,7 @@ def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
 # Peaks of H200s (2026-11-27, of hybrid_parallel 2026-11-28) and one H100 (2026-11-25), torch 2.11.0+cu130, layers and loss
 # compiled one by one: allocated memory and the 1.30 GiB beside it, with hybrid_parallel 1.60.
 OFFLOADED = {"checkpointed_layers": 32, "step_in_backward": True, "batch_size": 16}
+THIRTY_BILLION = {"batch_size": 16, "num_microbatches": 8, "world_size": 4, "tp": 2, "pp": 2, "gpu_gib": 139.8}
 MEASURED_GIB = [
     ("125m", "low_level_zero", {"batch_size": 8}, 6.39),
     ("125m", "low_level_zero", {"batch_size": 32}, 16.56),
@@ -421,6 +422,12 @@ MEASURED_GIB = [
     ("125m", "hybrid_parallel", {"batch_size": 32}, 16.84),
     ("1.3b", "hybrid_parallel", {"batch_size": 4, "block_size": 2048}, 30.16),
     ("6.7b", "hybrid_parallel", {"batch_size": 4}, 102.33),
+    # Of several GPUs (2026-11-28), with what lay beside the allocator.
+    ("1.3b", "torch_ddp", {"batch_size": 8, "world_size": 4}, 30.84),
+    ("1.3b", "low_level_zero", {"batch_size": 8, "world_size": 4}, 19.04),
+    ("1.3b", "hybrid_parallel", {"batch_size": 32, "world_size": 2, "tp": 2}, 41.56),
+    ("30b", "hybrid_parallel", THIRTY_BILLION, 128.86),
+    ("30b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 2}, 131.95),
 ]
 
 
