@@ -78,6 +78,7 @@ class TrainArgs:
     pp: int = flag("parallelism", 1, "hybrid_parallel: pipeline stages", type=int)
     num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: the fastest, by expectation, of 1 to 4 a stage", type=int)
     pp_schedule: str = flag("parallelism", "1f1b", "hybrid_parallel: pipeline schedule", choices=("1f1b", "interleaved"))
+    num_model_chunks: int = flag("parallelism", 0, "hybrid_parallel, interleaved: parts of the model on each stage, 2 or more; 0: the faster, by expectation, of 2 and 4", type=int)
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
     offload_optim_frac: float = flag("parallelism", 0.0, "low_level_zero and gemini: share of optimizer states kept on the host, 0 to 1", type=float)
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
@@ -195,6 +196,7 @@ def _number_problems(args: TrainArgs) -> list[str]:
         "block_size": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": 1, "logging_steps": 1,
         "tp": 1, "pp": 1, "gpus": 1, "nodes": 1, "max_train_samples": 1, "max_eval_samples": 1, "num_microbatches": 0,
+        "num_model_chunks": 0,
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
         "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
@@ -254,6 +256,8 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--placement auto: places states itself; leave --offload_optim_frac and --offload_param_frac away")
     if plugin == "hybrid_parallel" and args.pp == 1 and (args.num_microbatches or args.pp_schedule != "1f1b"):
         found.append("--num_microbatches and --pp_schedule: need --pp above 1")
+    if plugin == "hybrid_parallel" and args.num_model_chunks and args.pp_schedule != "interleaved":
+        found.append("--num_model_chunks: needs --pp_schedule interleaved")
     if args.compile == "on" and not args.packs_text:
         found.append("--compile on: not with --dataset netflix, whose batches differ in length; use off or auto")
     found += _unused_problems(args)
@@ -264,7 +268,7 @@ def _unused_problems(args: TrainArgs) -> list[str]:
     """Return a problem for each flag that the named plugin has no use for."""
     users = {
         "tp": ("hybrid_parallel",), "pp": ("hybrid_parallel",), "num_microbatches": ("hybrid_parallel",),
-        "pp_schedule": ("hybrid_parallel",), "zero_stage": ("low_level_zero", "hybrid_parallel"),
+        "pp_schedule": ("hybrid_parallel",), "num_model_chunks": ("hybrid_parallel",), "zero_stage": ("low_level_zero", "hybrid_parallel"),
         "placement": ("gemini",), "offload_optim_frac": ("gemini", "low_level_zero"), "offload_param_frac": ("gemini",),
         "step_in_backward": ("low_level_zero",),
     }  # fmt: skip
@@ -309,6 +313,8 @@ def _pipeline_problems(args: TrainArgs) -> list[str]:
         found.append(f"--num_microbatches {num_microbatches}: must be at least --pp {args.pp}")
     elif args.pp_schedule == "interleaved" and num_microbatches % args.pp:
         found.append(f"--num_microbatches {num_microbatches}: interleaved needs a multiple of --pp {args.pp}")
+    if args.num_model_chunks == 1:
+        found.append("--num_model_chunks 1: must be 2 or more; one part a stage is --pp_schedule 1f1b")
     if args.eval_batch_size != batch:
         found.append("--per_device_eval_batch_size: must equal the training batch with --pp above 1")
     return found

@@ -141,7 +141,7 @@ def layout_problems(source: ModelSource, args: TrainArgs, world_size: int) -> li
     ):
         if number % args.tp:
             found.append(f"--tp {args.tp}: must divide {source.name}'s {what}, {number}")
-    num_chunks = args.pp * (2 if args.pp_schedule == "interleaved" else 1)
+    num_chunks = args.pp * (args.num_model_chunks or 2 if args.pp_schedule == "interleaved" else 1)
     if config.num_hidden_layers < num_chunks:
         found.append(
             f"--pp {args.pp}: needs at least {num_chunks} layers, {source.name} has {config.num_hidden_layers}"

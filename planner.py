@@ -6,6 +6,7 @@ activations are derived tensor by tensor. What is only estimated says so and wai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -67,6 +68,7 @@ Place = Literal["device", "host", "cast"]
 AUTO_FLAGS = (
     "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
     "per_device_train_batch_size", "gradient_accumulation_steps", "tp", "pp", "pp_schedule", "num_microbatches",
+    "num_model_chunks",
 )  # fmt: skip
 # What else a plugin may have been given, and another one would refuse.
 OTHER_FLAGS = ("placement",)
@@ -166,7 +168,7 @@ class PlanRequest:
     Args:
         batch_size: rows of one micro-batch of a replica (the GPUs that hold one copy of the model).
         num_microbatches: pieces the pipeline cuts it into.
-        pp_chunks: parts of the model that a stage has; 2: an interleaved schedule.
+        pp_chunks: parts of the model that a stage has; 2 or more: an interleaved schedule.
         accumulation_steps: micro-batches a step.
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
@@ -526,10 +528,12 @@ def _activations(request: PlanRequest) -> Activations:
     tokens = request.batch_size * request.block_size // request.num_microbatches
     if request.pp == 1:
         return _stage_activations(request, tokens, in_flight=1, has_head=True)
-    # Before its first backward pass a stage of two chunks has made 3 p - 1 forward passes of one of them, the last p + 1.
-    waiting = request.pp if request.pp_chunks == 1 else (3 * request.pp - 1) / 2
+    # Before its first backward pass a stage of v chunks has made (v + 1) p - 1 forward passes of one of them, the last
+    # (v - 1) p + 1; with one chunk p and 1.
+    chunks = request.pp_chunks
+    waiting = request.pp if chunks == 1 else ((chunks + 1) * request.pp - 1) / chunks
     first = _stage_activations(request, tokens, in_flight=min(waiting, request.num_microbatches), has_head=False)
-    last_waits = 1 if request.pp_chunks == 1 else (request.pp + 1) / 2
+    last_waits = ((chunks - 1) * request.pp + 1) / chunks
     last = _stage_activations(request, tokens, in_flight=min(last_waits, request.num_microbatches), has_head=True)
     return max(first, last, key=lambda stage: stage.saved + max(stage.logits, stage.first_layer))
 
@@ -612,8 +616,9 @@ def framework_bytes(plugin: str, world_size: int, tp: int = 1, pp: int = 1) -> i
     outside = CUDA_BYTES + (NCCL_BYTES if world_size > 1 else 0)
     if plugin != "hybrid_parallel":
         return outside
-    # Beside the world's: tp, dp, the neighbours in a pipeline, and its ends, which share the embedding.
-    num_groups = (tp > 1) + (world_size > tp * pp) + 2 * (pp > 1)
+    # Beside the world's: tp, dp, the neighbours in a pipeline, of which an inner stage has two, and its ends, which share
+    # the embedding.
+    num_groups = (tp > 1) + (world_size > tp * pp) + 2 * (pp > 1) + (pp > 2)
     return outside + HYBRID_GROUPS_BYTES + num_groups * GROUP_BYTES
 
 
@@ -683,7 +688,7 @@ class Choice:
 
     Args:
         precision: bf16, fp16 or fp32.
-        tp, pp, pp_schedule: of hybrid_parallel.
+        tp, pp, pp_schedule, num_model_chunks: of hybrid_parallel; the last is 0 but for an interleaved pipeline.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
         reason: one line: what was chosen and why.
@@ -703,6 +708,7 @@ class Choice:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     num_microbatches: int
+    num_model_chunks: int
     reason: str
     plan: Plan
     step_time: StepTime
@@ -813,15 +819,20 @@ def work(request: PlanRequest) -> Work:
         pieces=request.num_microbatches,
         chunks=request.pp_chunks,
         compiled=request.compiled,
-        layer_bytes=_layer_bytes(request),
+        **_layer_exchanges(request),
     )
 
 
-def _layer_bytes(request: PlanRequest) -> float:
-    """Return what two all-reduces of a divided layer's output forward and two backward pass over a GPU's link in a step."""
+def _layer_exchanges(request: PlanRequest) -> dict[str, float]:
+    """Return `Work`'s numbers of the two all-reduces of a divided layer's output forward and two backward."""
     layers = (4 * request.shape.num_layers + 2 * request.checkpointed_layers) / request.pp
     tokens = request.batch_size * request.block_size * request.accumulation_steps
-    return 2 * (request.tp - 1) / request.tp * layers * tokens * request.shape.hidden_size * request.item_bytes
+    num_bytes = layers * tokens * request.shape.hidden_size * request.item_bytes
+    calls = layers * request.num_microbatches * request.accumulation_steps
+    return {
+        "layer_bytes": 2 * (request.tp - 1) / request.tp * num_bytes,
+        "layer_rounds": calls * math.log2(request.tp),
+    }
 
 
 def _splits(args: TrainArgs, gpu_gib: float | None) -> list[int]:
@@ -866,6 +877,7 @@ def _requests(
         precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
         zero_stage = args.zero_stage if args.zero_stage is not None else int(setting.plugin == "low_level_zero")
         is_pipeline = setting.plugin == "hybrid_parallel" and setting.pp > 1
+        is_interleaved = is_pipeline and setting.pp_schedule == "interleaved"
         request = PlanRequest(
             shape=shape,
             plugin=setting.plugin,
@@ -876,7 +888,6 @@ def _requests(
             zero_stage=zero_stage,
             tp=setting.tp,
             pp=setting.pp,
-            pp_chunks=2 if is_pipeline and setting.pp_schedule == "interleaved" else 1,
             accumulation_steps=args.gradient_accumulation_steps,
             offload_optim_frac=setting.offload_optim_frac,
             offload_param_frac=setting.offload_param_frac,
@@ -886,7 +897,17 @@ def _requests(
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
-        yield from in_pieces(request, microbatch_choices(named)) if is_pipeline else [request]
+        if not is_pipeline:
+            yield request
+            continue
+        chunks = [args.num_model_chunks] if args.num_model_chunks else chunk_numbers(shape, setting.pp)
+        for number in chunks if is_interleaved else [1]:
+            yield from in_pieces(replace(request, pp_chunks=number), microbatch_choices(named))
+
+
+def chunk_numbers(shape: ModelShape, pp: int) -> list[int]:
+    """Return the numbers of parts that each stage of an interleaved pipeline may have: 2, and 4 of as many layers each."""
+    return [2, *[4] * (shape.num_layers % (4 * pp) == 0)]
 
 
 def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:
@@ -1008,7 +1029,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append("updated in the backward pass")
     what += [f"{axis} {size}" for axis, size in (("tp", request.tp), ("pp", request.pp)) if size > 1]
     if request.pp_chunks > 1:
-        what.append("interleaved")
+        what.append(f"interleaved in {request.pp_chunks} parts a stage")
     if request.num_microbatches > 1:
         what.append(f"cut into {request.num_microbatches} pieces")
     what.append(_recompute_text(request))
@@ -1031,6 +1052,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
+        num_model_chunks=request.pp_chunks if request.pp_chunks > 1 else 0,
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
         plan=chosen.plan,
         step_time=chosen.step_time,

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import report
-from planner import GIB, ModelShape, Plan, PlanRequest, in_pieces, layouts, plan, stage_params
-from speed import COMPILED_LAYER_S, EAGER_LAYER_S
+from planner import GIB, ModelShape, Plan, PlanRequest, chunk_numbers, in_pieces, layouts, plan, stage_params
+from speed import COMPILED_LAYER_S, EAGER_LAYER_S, LATENCY_S, SUM_PARAMETER_S, uneven
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
 ORIGIN = (
@@ -23,8 +23,9 @@ ORIGIN = (
 MATRIX_FLOPS = 787e12  # measured: bf16, 8192^3
 PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
 # Share of MATRIX_FLOPS that forward and backward reach: compiled, on one H200, between 1.3b (batch 8 x 1024) and 6.7b
-# (batch 4, recomputed), which lie 4 to 9 % to either side (2026-11-27); hybrid_parallel: 13b under tp 2 x pp 2 on four,
-# 1F1B and interleaved, which lie 1 % to either side (2026-11-28); as they stand: ASSUMPTION.
+# (batch 4, recomputed), which lie 4 to 9 % to either side (2026-11-27); hybrid_parallel with pp 1 is as fast as
+# low_level_zero there (2026-11-28); as they stand: ASSUMPTION. Pipelines: 13b and 30b under tp 2 x pp 2 and pp 4 on four,
+# 1F1B and interleaved, which lie 3 % to either side (2026-11-28).
 COMPILED_SHARE = {
     "low_level_zero": 0.72,
     "torch_ddp": 0.68,
@@ -32,6 +33,7 @@ COMPILED_SHARE = {
     "gemini": 0.65,
     "hybrid_parallel": 0.72,
 }
+PIPELINE_SHARE = 0.78
 EAGER_SHARE = 0.5
 # Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200; LowLevelZero,
 # which exchanges half as much: 6.7b and 13b on 4 (2026-11-28); small buckets: PyTorch's DDP of 1.3b on 2 and 4 (2026-11-27).
@@ -44,7 +46,6 @@ HBM_BYTES_S = 0.9 * 3.35e12  # data sheet; 0.9 of it: ASSUMPTION
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 NIC_BYTES_S = 50e9  # ASSUMPTION: one 400 Gb/s InfiniBand port for each GPU
-LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
 PINNED_BYTES_S = 54e9  # measured: host to device, and back
 HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
 # An update reads and writes fp32 weight and two moments, reads a 16-bit gradient, writes a 16-bit weight.
@@ -176,7 +177,7 @@ def _step(request: PlanRequest, machines: Machines) -> Step:
     gradients_s, weights_s = _exchange_s(request, along["dp"], forward_s, backward_s)
     layers_s = _layers_s(request, along["tp"])
     stages_s = _stages_s(request, along["pp"])
-    # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works; of an interleaved one half of that.
+    # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works; with v chunks a v-th of that.
     idle = (request.pp - 1) / (request.num_microbatches * request.pp_chunks)
     share = stage_params(request) / _state_shards(request)
     return Step(
@@ -195,12 +196,14 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     """Return the seconds of forward and backward pass: one and two of three parts, the latter with what it recomputes."""
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size / (request.tp * request.pp)
-    rate = MATRIX_FLOPS * (COMPILED_SHARE[request.plugin] if request.compiled else EAGER_SHARE)
+    compiled_share = COMPILED_SHARE[request.plugin] if request.pp == 1 else PIPELINE_SHARE
+    rate = MATRIX_FLOPS * (compiled_share if request.compiled else EAGER_SHARE)
     slowdown = BESIDE_NCCL.get(request.plugin, BESIDE_SMALL_BUCKETS)
     beside_nccl = slowdown if request.compiled and request.dp_size > 1 else 1.0
-    forward_s = tokens * flops.model / 3 / rate * beside_nccl
+    forward_s = tokens * flops.model / 3 / rate * beside_nccl * uneven(request.shape, request.pp)
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
-    backward_s = 2 * forward_s + recompute_s
+    sums_s = (request.num_microbatches - 1) * stage_params(request) * SUM_PARAMETER_S
+    backward_s = 2 * forward_s + recompute_s + sums_s
     waits = max(1.0, _launches_s(request) / (forward_s + backward_s))
     return forward_s * waits, backward_s * waits
 
@@ -323,8 +326,8 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                     yield setting
                     continue
                 yield from in_pieces(setting)
-                if job.shape.num_layers % (2 * pp) == 0:
-                    yield from in_pieces(replace(setting, pp_chunks=2))
+                for chunks in chunk_numbers(job.shape, pp) if job.shape.num_layers % (2 * pp) == 0 else []:
+                    yield from in_pieces(replace(setting, pp_chunks=chunks))
 
 
 PLUGINS = ("torch_ddp", "low_level_zero", "gemini", "hybrid_parallel")
@@ -340,7 +343,8 @@ def setting_of(request: PlanRequest) -> str:
     """Return the flags of a setting, shortened."""
     parts = [request.plugin]
     parts += [f"tp {request.tp}"] * (request.tp > 1) + [f"pp {request.pp}"] * (request.pp > 1)
-    parts += [f"{request.num_microbatches} pieces"] * (request.pp > 1) + ["interleaved"] * (request.pp_chunks > 1)
+    parts += [f"{request.num_microbatches} pieces"] * (request.pp > 1)
+    parts += [f"interleaved in {request.pp_chunks}"] * (request.pp_chunks > 1)
     parts += [f"ZeRO {request.zero_stage}"] * (request.zero_stage > 0)
     parts += ["recompute"] * (request.checkpointed_layers > 0)
     return ", ".join(parts)

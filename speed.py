@@ -38,6 +38,7 @@ EXCHANGE_SPEED = {
 }
 # Bus bandwidth of an all-reduce between two GPUs over NVLink, measured; nothing hides those of divided layers.
 LAYER_BYTES_S = 329e9
+LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
 # where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most,
 # hybrid_parallel's is from before it had a step of its own. Half as much more on another host.
@@ -52,6 +53,9 @@ LAUNCH_S = {
 # compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
 # which is not measured.
 EAGER_LAYER_S, COMPILED_LAYER_S = 3.8e-3, 3.0e-3
+# Adding the gradients of a pipeline's next piece to those that are there, in 16 bits: 34 ms of 13b under tp 2 x pp 2 in
+# eight pieces, on H200 (2026-11-27).
+SUM_PARAMETER_S = 1.5e-12
 # Updating in the backward pass, the host waits for the loss before it may launch that pass. Estimate.
 BACKWARD_STEP_SPEED = 0.97
 # 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
@@ -79,7 +83,8 @@ class Work:
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
         chunks: parts of the model that a stage has.
         compiled: its layers.
-        layer_bytes: that pass a GPU's link in all-reduces of divided layers.
+        layer_bytes, layer_rounds: that pass a GPU's link in all-reduces of divided layers, and the number of these, each
+            times the logarithm of the GPUs that it connects.
     """
 
     shape: MatrixShape
@@ -102,6 +107,7 @@ class Work:
     chunks: int = 1
     compiled: bool = True
     layer_bytes: float = 0.0
+    layer_rounds: float = 0.0
 
     @property
     def bubble(self) -> float:
@@ -152,7 +158,10 @@ def step_time(work: Work) -> StepTime:
     """
     flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
     rate = GPU_FLOPS * work.replica_size * _plugin_speed(work) / (1 + work.bubble)
-    forward_backward = work.tokens * flops.model / rate + work.layer_bytes / LAYER_BYTES_S * (1 + work.bubble)
+    sums = (work.pieces * work.micro_batches - 1) * work.num_params * SUM_PARAMETER_S if work.stages > 1 else 0.0
+    forward_backward = work.tokens * flops.model / rate * uneven(work.shape, work.stages)
+    exchanges = work.layer_bytes / LAYER_BYTES_S + work.layer_rounds * LATENCY_S
+    forward_backward += (exchanges + sums) * (1 + work.bubble)
     recompute = work.tokens * (flops.hardware - flops.model) / rate
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
     host = work.host_states * HOST_ADAM_S
@@ -166,6 +175,11 @@ def step_time(work: Work) -> StepTime:
         host=host + work.micro_batches * work.host_parameters * HOST_PARAMETER_S,
         launches=max(0.0, _launch_s(work) - compute - recompute),
     )
+
+
+def uneven(shape: MatrixShape, stages: int) -> float:
+    """Return the work of a pipeline's last stage, which has the output head, over that of an even share."""
+    return 1 + (stages - 1) * (1 - shape.layer_matrix_params / shape.matrix_params)
 
 
 def _launch_s(work: Work) -> float:

@@ -497,7 +497,7 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
         initial_scale=INITIAL_LOSS_SCALE,
         num_microbatches=pipeline_microbatches(args) if args.pp > 1 else None,
         pp_style=args.pp_schedule,
-        num_model_chunks=2 if interleaved else 1,
+        num_model_chunks=args.num_model_chunks or 2 if interleaved else 1,
         enable_metadata_cache=not workload.varying_length,
         overlap_p2p=not runtime.on_cpu,  # hangs on gloo
         overlap_communication=not runtime.on_cpu,

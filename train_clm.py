@@ -322,6 +322,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
         pp=choice.pp,
         pp_schedule=choice.pp_schedule,
         num_microbatches=choice.num_microbatches,
+        num_model_chunks=choice.num_model_chunks,
         zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
     )
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))

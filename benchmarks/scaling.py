@@ -144,7 +144,7 @@ def request_of(args: dict[str, Any], world_size: int, gpu_gib: float | None) -> 
         tp=tp,
         pp=pp,
         num_microbatches=microbatches if pp > 1 else 1,
-        pp_chunks=2 if pp > 1 and args["pp_schedule"] == "interleaved" else 1,
+        pp_chunks=(args.get("num_model_chunks") or 2) if pp > 1 and args["pp_schedule"] == "interleaved" else 1,
         checkpointed_layers=int(args["gradient_checkpointing"]),
         offload_optim_frac=args["offload_optim_frac"],
         offload_param_frac=args["offload_param_frac"],

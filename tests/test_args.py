@@ -194,6 +194,7 @@ def test_gradients_divided_between_micro_batches_cannot_wait_for_a_step_in_the_b
         ("torch_ddp", {"pp": 2}),
         ("low_level_zero", {"num_microbatches": 2}),
         ("gemini", {"pp_schedule": "interleaved"}),
+        ("low_level_zero", {"num_model_chunks": 4}),
         ("gemini", {"zero_stage": 1}),
         ("torch_ddp", {"placement": "auto"}),
         ("torch_ddp", {"offload_optim_frac": 1.0}),
@@ -248,6 +249,8 @@ def test_tp_times_pp_must_divide_the_processes(tp: int, pp: int, world_size: int
             "--num_microbatches 3: interleaved needs a multiple",
         ),
         ({"per_device_eval_batch_size": 8}, "--per_device_eval_batch_size: must equal the training batch"),
+        ({"num_model_chunks": 4}, "--num_model_chunks: needs --pp_schedule interleaved"),
+        ({"num_model_chunks": 1, "pp_schedule": "interleaved"}, "--num_model_chunks 1: must be 2 or more"),
     ],
 )
 def test_a_pipeline_needs_a_batch_that_divides_into_micro_batches(flags: dict[str, Any], problem: str) -> None:

@@ -97,6 +97,27 @@ def test_another_plugin_and_number_of_ranks_goes_on_with_the_same_losses(whole, 
         assert run.losses == pytest.approx(whole["pipeline fp32"].losses[2:], rel=1e-5), name
 
 
+def test_an_interleaved_pipeline_of_any_number_of_parts_goes_on_as_another_and_as_ddp(tmp_path, run_many):
+    """Eight layers: 2 parts of two layers on each of two stages, or 4 of one."""
+    shutil.copytree(MINI, tmp_path / "eight")
+    config = json.loads((MINI / "config.json").read_text())
+    (tmp_path / "eight" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
+    base = ["--model_name_or_path", tmp_path / "eight", "--per_device_train_batch_size", 2, *LENGTH.split()]
+    pipeline = [*base, *"--plugin hybrid_parallel --pp 2 --pp_schedule interleaved --num_model_chunks".split()]
+    flags = {"ddp": [*base, "--plugin", "torch_ddp"], "2": [*pipeline, 2], "4": [*pipeline, 4]}
+    whole = run_many(tmp_path, flags, world=2)
+    for name in ("2", "4"):
+        assert whole[name].code == 0, whole[name].output
+        assert whole[name].result["args"]["num_model_chunks"] == int(name)
+        assert whole[name].losses == pytest.approx(whole["ddp"].losses, rel=1e-6)
+    start = ["--resume_from_checkpoint", checkpoint_of(whole["4"], 2)]
+    more = {f"{name} again": [*flags[name], *start] for name in flags}
+    for name, run in run_many(tmp_path, more, world=2).items():
+        assert run.code == 0, run.output
+        exact = whole["4"].losses[2:]
+        assert run.losses == (exact if name == "4 again" else pytest.approx(exact, rel=1e-6)), name
+
+
 def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(tmp_path, run_many):
     flags = ["--plugin", "low_level_zero", "--per_device_train_batch_size", 1, *LENGTH.split()]
     four = run_many(tmp_path, {"four": flags}, world=4)["four"]

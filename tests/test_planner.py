@@ -373,6 +373,16 @@ def test_the_first_pipeline_stage_holds_as_many_micro_batches_as_there_are_stage
     assert activations(world_size=4, pp=4, num_microbatches=16) == pytest.approx(whole / 16, rel=0.05)
 
 
+def test_more_parts_a_stage_hold_fewer_layers_before_the_first_backward_pass() -> None:
+    shape = replace(shape_of("1.3b"), vocab_size=100)
+    layout = {"plugin": "hybrid_parallel", "world_size": 2, "pp": 2, "num_microbatches": 8}
+    held = {
+        chunks: plan(request_of(shape=shape, pp_chunks=chunks, **layout)).device_bytes.activations for chunks in (2, 4)
+    }
+    assert held[4] / held[2] == pytest.approx((9 / 4) / (5 / 2), rel=0.02)
+    assert planner.chunk_numbers(shape_of("1.3b"), 2) == [2, 4] and planner.chunk_numbers(shape_of("125m"), 2) == [2]
+
+
 def test_tensor_parallelism_divides_the_logits_and_keeps_only_them_and_their_gradients() -> None:
     half, quarter = (
         plan(request_of(plugin="hybrid_parallel", world_size=tp, tp=tp)).device_bytes.logits for tp in (2, 4)
@@ -390,6 +400,7 @@ def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
 # compiled one by one: allocated memory and the 1.30 GiB beside it, with hybrid_parallel 1.60.
 OFFLOADED = {"checkpointed_layers": 32, "step_in_backward": True, "batch_size": 16}
 THIRTY_BILLION = {"batch_size": 16, "num_microbatches": 8, "world_size": 4, "tp": 2, "pp": 2, "gpu_gib": 139.8}
+PP_4 = {"tp": 1, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}
 MEASURED_GIB = [
     ("125m", "low_level_zero", {"batch_size": 8}, 6.39),
     ("125m", "low_level_zero", {"batch_size": 32}, 16.56),
@@ -428,6 +439,10 @@ MEASURED_GIB = [
     ("1.3b", "hybrid_parallel", {"batch_size": 32, "world_size": 2, "tp": 2}, 41.56),
     ("30b", "hybrid_parallel", THIRTY_BILLION, 128.86),
     ("30b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 2}, 131.95),
+    ("30b", "hybrid_parallel", {**THIRTY_BILLION, **PP_4}, 132.23),
+    ("13b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 2}, 61.58),
+    ("13b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 4, "num_microbatches": 4}, 68.80),
+    ("13b", "hybrid_parallel", {**THIRTY_BILLION, **PP_4}, 61.91),
 ]
 
 
@@ -495,6 +510,7 @@ def test_description_names_totals_limits_and_categories() -> None:
         ("hybrid_parallel", {"world_size": 2, "tp": 2}, 2.43),
         ("hybrid_parallel", {"world_size": 4, "tp": 2}, 2.91),
         ("hybrid_parallel", {"world_size": 4, "tp": 2, "pp": 2}, 3.35),
+        ("hybrid_parallel", {"world_size": 4, "pp": 4}, 3.36),
     ],
 )
 def test_what_the_allocator_does_not_see_is_set_aside(plugin: str, ranks: dict[str, int], measured_gib: float) -> None:

@@ -11,7 +11,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
+import planner
 import scaling
+import speed
 from args import TrainArgs, problems
 from benchmarks import scaling as page
 from conftest import ROOT
@@ -79,6 +81,16 @@ LARGE = [
         22_980,
         58.3,
     ),
+    (
+        "13b",
+        "hybrid_parallel",
+        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 4, "pp_chunks": 4},
+        24_124,
+        65.5,
+    ),
+    ("13b", "hybrid_parallel", {"batch_size": 16, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}, 22_333, 58.6),
+    ("30b", "hybrid_parallel", {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8}, 10_084, 125.6),
+    ("30b", "hybrid_parallel", {"batch_size": 16, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}, 10_250, 128.9),
 ]
 
 
@@ -117,6 +129,27 @@ def test_a_pipeline_without_communication_is_idle_for_p_minus_1_of_m_plus_p_minu
     assert step.bubble / (step.bubble + step.compute) == pytest.approx(3 / (8 + 3))
 
 
+@pytest.mark.parametrize("changes", [{}, {"pp": 2, "num_microbatches": 8}, {"checkpointed_layers": 24}])
+def test_auto_counts_the_exchanges_of_divided_layers_as_this_table_does(changes):
+    setting = request("hybrid_parallel", 4, tp=2, batch_size=32, **changes)
+    work = planner.work(setting)
+    seconds = work.layer_bytes / speed.LAYER_BYTES_S + work.layer_rounds * speed.LATENCY_S
+    assert seconds == pytest.approx(predict(setting, Machines(4)).step.layers)
+
+
+def test_a_pipeline_is_as_slow_as_the_stage_with_the_head_and_adds_up_its_pieces(monkeypatch):
+    shape = model_shape(OPT_SHAPES["13b"])
+    head = shape.matrix_params - shape.layer_matrix_params
+    stage = shape.layer_matrix_params / 4
+    assert scaling.uneven(shape, 4) == pytest.approx((stage + head) / (shape.matrix_params / 4))
+    few, many = (
+        predict(request("hybrid_parallel", 4, shape=shape, pp=4, num_microbatches=number, batch_size=16), Machines(4))
+        for number in (4, 16)
+    )
+    added = 12 * few.plan.device_bytes.parameters / 2 * scaling.SUM_PARAMETER_S
+    assert many.step.compute - few.step.compute == pytest.approx(added, rel=1e-6)
+
+
 def test_an_interleaved_pipeline_waits_half_as_long_sends_twice_and_holds_more():
     settings = [
         request("hybrid_parallel", 4, pp=4, num_microbatches=8, batch_size=32, zero_stage=0, pp_chunks=chunks)
@@ -127,7 +160,7 @@ def test_an_interleaved_pipeline_waits_half_as_long_sends_twice_and_holds_more()
     assert interleaved.step.stages == pytest.approx(plain.step.stages * 2)
     activations = [each.plan.device_bytes.activations for each in (plain, interleaved)]
     assert activations[1] == pytest.approx(activations[0] * 5.5 / 4, rel=0.1)  # pieces: 4, and 11 of half a stage
-    assert scaling.setting_of(settings[1]) == "hybrid_parallel, pp 4, 8 pieces, interleaved"
+    assert scaling.setting_of(settings[1]) == "hybrid_parallel, pp 4, 8 pieces, interleaved in 2"
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
