@@ -831,7 +831,7 @@ def _layer_exchanges(request: PlanRequest) -> dict[str, float]:
     calls = layers * request.num_microbatches * request.accumulation_steps
     return {
         "layer_bytes": 2 * (request.tp - 1) / request.tp * num_bytes,
-        "layer_rounds": calls * math.log2(request.tp),
+        "layer_rounds": 2 * calls * math.log2(request.tp),
     }
 
 

@@ -83,8 +83,8 @@ class Work:
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
         chunks: parts of the model that a stage has.
         compiled: its layers.
-        layer_bytes, layer_rounds: that pass a GPU's link in all-reduces of divided layers, and the number of these, each
-            times the logarithm of the GPUs that it connects.
+        layer_bytes, layer_rounds: that pass a GPU's link in all-reduces of divided layers, and how often these wait for
+            LATENCY_S: each to scatter and to gather, by the logarithm of the GPUs that it connects.
     """
 
     shape: MatrixShape
