@@ -302,13 +302,15 @@ def _plain(value: Any) -> Any:
 def load(engine: Engine, found: Found) -> Progress:
     """Put the engine where the checkpoint was: weights, moments, schedule, loss scale, random states.
 
-    On another number of GPUs the dropout masks start anew, from the seed and the step.
+    On another number of GPUs, or with layers or depth divided otherwise, the dropout masks start anew, from the seed and
+    the step: ranks that share a layer must drop the same.
     """
     folder, manifest = found.folder, found.manifest
     with Tensors(folder, manifest) as tensors:
         engine.load_states(tensors.read, adam_step=manifest.adam_step)
     engine.restore_counters(manifest.counters)
-    if manifest.world_size == engine.runtime.world_size:
+    layout = engine.runtime.world_size, engine.args.tp, engine.args.pp
+    if (manifest.world_size, manifest.args["tp"], manifest.args["pp"]) == layout:
         engine.set_random_states(load_file(folder / "random.safetensors"))
     else:
         engine.seed_dropout(engine.args.seed + manifest.progress.step)

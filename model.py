@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def shape_of(source: ModelSource) -> ModelShape:
     )
     with torch.device("meta"):
         num_params = AutoModelForCausalLM.from_config(config).num_parameters()
-    return model_shape(shape, num_params)
+    found = model_shape(shape, num_params)
+    return found if config.model_type == "opt" else replace(found, num_heads=0)
 
 
 def find_model(args: TrainArgs) -> ModelSource:
@@ -142,9 +143,10 @@ def layout_problems(source: ModelSource, args: TrainArgs, world_size: int) -> li
         if number % args.tp:
             found.append(f"--tp {args.tp}: must divide {source.name}'s {what}, {number}")
     num_chunks = args.pp * (args.num_model_chunks or 2 if args.pp_schedule == "interleaved" else 1)
+    parts = f" x --num_model_chunks {num_chunks // args.pp}" if args.pp_schedule == "interleaved" else ""
     if config.num_hidden_layers < num_chunks:
         found.append(
-            f"--pp {args.pp}: needs at least {num_chunks} layers, {source.name} has {config.num_hidden_layers}"
+            f"--pp {args.pp}{parts}: needs at least {num_chunks} layers, {source.name} has {config.num_hidden_layers}"
         )
     return found
 

@@ -70,6 +70,8 @@ AUTO_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "tp", "pp", "pp_schedule", "num_microbatches",
     "num_model_chunks",
 )  # fmt: skip
+# Those of them that lay out hybrid_parallel.
+LAYOUT_FLAGS = ("tp", "pp", "pp_schedule", "num_microbatches", "num_model_chunks")
 # What else a plugin may have been given, and another one would refuse.
 OTHER_FLAGS = ("placement",)
 # Where memory ran out, advice leaves this much more of it free than a plan does.
@@ -96,7 +98,7 @@ class ModelShape:
         layer_params: parameters of one layer.
         matrix_params: elements of all matrices a token is multiplied with, the output head once.
         layer_matrix_params: the part of them that stands in the layers.
-        num_heads: of attention; 0: not OPT, whose layers hybrid_parallel cannot divide.
+        num_heads: of attention; 0: not known to be OPT, the only model that hybrid_parallel divides.
     """
 
     num_layers: int
@@ -733,7 +735,8 @@ def resolve_auto(
 
     Open to choice are plugin, recomputed layers, share of states on the host, update in the backward pass, the pieces of
     a pipeline's micro-batch and, with `--plugin auto`, smaller micro-batches of the same global batch and, on the GPUs of
-    one machine, tp x pp. Of equally fast settings the simplest is taken. On a CPU without a cap nothing limits the "device": torch_ddp without recompute.
+    one machine, tp x pp. Of equally fast settings the simplest is taken. On a CPU without a cap nothing limits the
+    "device": torch_ddp without recompute.
 
     Args:
         gpu_gib: memory of one GPU; None on a CPU.
@@ -949,7 +952,11 @@ def _settings(args: TrainArgs, world_size: int, *, on_cpu: bool, has_bf16: bool)
 
 
 def _divided(args: TrainArgs, shape: ModelShape, world_size: int) -> Iterator[_Setting]:
-    """Yield the ways to divide layers and depth among the GPUs of one machine."""
+    """Yield the ways to divide layers and depth among the GPUs of one machine.
+
+    Left out is what nobody has measured: fp32, and padded rows, whose layers are not compiled. A pipeline evaluates with
+    its training batch.
+    """
     same_batch = args.per_device_eval_batch_size in (None, args.per_device_train_batch_size)
     if args.precision == "fp32" or not args.packs_text:
         return
@@ -1198,11 +1205,12 @@ def oom_advice(
     ran = replace(given, **chosen)
     num_gpus = 0 if on_cpu else world_size
     advice = []
-    for changes in _cheaper_settings(ran, num_layers, world_size):
+    for changes in _cheaper_settings(ran, given, num_layers, world_size):
         changed = replace(ran, **changes)
         refused = problems(changed, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
         if changed != ran and not refused:
-            advice.append(_flags({**chosen, **changes}))
+            flags = {**chosen, **changes}
+            advice.append(_flags({name: flags[name] for name in flags if flags[name] != getattr(given, name)}))
     if given.mem_cap:
         advice.append(f"a higher --mem_cap than {given.mem_cap:g} GB")
     return [*advice, "a smaller --model_name_or_path, or more GPUs"]
@@ -1225,7 +1233,8 @@ def fitting_flags(
         options: `resolve_auto`'s.
 
     Returns:
-        None where nothing is predicted to fit, nothing limits a device, or another flag stands in the way.
+        None where nothing is predicted to fit without taking more than what ran, nothing limits a device, or another flag stands in
+        the way.
     """
     limits = [gpu_gib * GIB / 1e9 if gpu_gib else 0.0, given.mem_cap]
     limit_gb = min((limit for limit in limits if limit), default=0.0)
@@ -1233,7 +1242,8 @@ def fitting_flags(
     rows = {name: getattr(given, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     asked = replace(given, **{**free, **rows, "mem_cap": OOM_ROOM * limit_gb})
     choice = resolve_auto(asked, shape, world_size, gpu_gib, host_gib, **options)
-    if not limit_gb or not choice.fits:
+    ran = resolve_auto(used, shape, world_size, gpu_gib, host_gib, **options)
+    if not limit_gb or not choice.fits or choice.plan.total_bytes > ran.plan.total_bytes:
         return None
     changed = replace(asked, mem_cap=given.mem_cap, **_chosen_flags(choice))
     changes = {name: getattr(changed, name) for name in free if getattr(changed, name) != getattr(given, name)}
@@ -1257,8 +1267,13 @@ def _flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
-def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iterator[dict[str, Any]]:
-    """Yield changed settings that need less memory, in order of what they cost."""
+def _cheaper_settings(args: TrainArgs, given: TrainArgs, num_layers: int, world_size: int) -> Iterator[dict[str, Any]]:
+    """Yield changed settings that need less memory, in order of what they cost.
+
+    Args:
+        args: what ran.
+        given: the flags as the user gave them.
+    """
     plugin, replicas = args.plugin, world_size // args.replica_size
     if args.precision == "fp32":
         yield {"precision": "bf16"}
@@ -1270,10 +1285,12 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
         yield {"gradient_checkpointing": "on"}
     divisor = _smallest_divisor(args.per_device_train_batch_size)
     if divisor > 1:
-        yield {
+        smaller: dict[str, Any] = {
             "per_device_train_batch_size": args.per_device_train_batch_size // divisor,
             "gradient_accumulation_steps": args.gradient_accumulation_steps * divisor,
         }
+        keeps_pieces = replace(args, **smaller).train_batch_size % max(args.num_microbatches, 1) == 0
+        yield smaller if keeps_pieces else {**smaller, "num_microbatches": given.num_microbatches}
     if plugin.startswith("torch_ddp"):
         yield {"plugin": "low_level_zero", **_half(args)}
     if plugin == "hybrid_parallel" and replicas > 1:
@@ -1286,15 +1303,16 @@ def _cheaper_settings(args: TrainArgs, num_layers: int, world_size: int) -> Iter
         if _can_step_in_backward(args, world_size):
             yield {**zero, "step_in_backward": "on"}
         yield {**zero, "offload_optim_frac": 1.0}
-    yield from _gemini_settings(args)
+    yield from _gemini_settings(args, given)
     if args.block_size >= 256:
         yield {"block_size": args.block_size // 2}
 
 
-def _gemini_settings(args: TrainArgs) -> Iterator[dict[str, Any]]:
-    if args.plugin == "hybrid_parallel":
+def _gemini_settings(args: TrainArgs, given: TrainArgs) -> Iterator[dict[str, Any]]:
+    if given.plugin == "hybrid_parallel":
         return
-    gemini = {} if args.plugin == "gemini" else {"plugin": "gemini", **_half(args)}
+    whole = {name: getattr(TrainArgs(), name) for name in LAYOUT_FLAGS if args.plugin == "hybrid_parallel"}
+    gemini = {} if args.plugin == "gemini" else {"plugin": "gemini", **_half(args), **whole}
     yield gemini
     if args.offload_optim_frac < 1 or gemini:
         yield {**gemini, "offload_optim_frac": 1.0}

@@ -34,10 +34,13 @@ COMPILED_SHARE = {
     "hybrid_parallel": 0.72,
 }
 PIPELINE_SHARE = 0.78
+# Divided layers without a pipeline: 1.3b under tp 2 on two H200 and tp 2 x dp 2 on four, 2 to 3 % to either side.
+DIVIDED_SHARE = 0.62
 EAGER_SHARE = 0.5
 # Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200; LowLevelZero,
 # which exchanges half as much: 6.7b and 13b on 4 (2026-11-28); small buckets: PyTorch's DDP of 1.3b on 2 and 4 (2026-11-27).
-BESIDE_NCCL = {"low_level_zero": 1.04, "torch_ddp": 1.08, "torch_ddp_fp16": 1.08}
+# hybrid_parallel without ZeRO: with DIVIDED_SHARE.
+BESIDE_NCCL = {"low_level_zero": 1.04, "torch_ddp": 1.08, "torch_ddp_fp16": 1.08, "hybrid_parallel": 1.08}
 BESIDE_SMALL_BUCKETS = 1.13
 # Forward passes made again, over what their operations would take at that rate: 6.7b, batch 4, on one H200 407.7 for 316.3
 # ms (0.86), 13b, batch 4, on four 770.3 for 644.3 and 651.7 (0.6; 2026-11-27).
@@ -196,9 +199,9 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     """Return the seconds of forward and backward pass: one and two of three parts, the latter with what it recomputes."""
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size / (request.tp * request.pp)
-    compiled_share = COMPILED_SHARE[request.plugin] if request.pp == 1 else PIPELINE_SHARE
-    rate = MATRIX_FLOPS * (compiled_share if request.compiled else EAGER_SHARE)
-    slowdown = BESIDE_NCCL.get(request.plugin, BESIDE_SMALL_BUCKETS)
+    rate = MATRIX_FLOPS * _matrix_share(request)
+    has_small_buckets = request.plugin == "gemini" or (request.plugin == "hybrid_parallel" and request.zero_stage > 0)
+    slowdown = BESIDE_SMALL_BUCKETS if has_small_buckets else BESIDE_NCCL[request.plugin]
     beside_nccl = slowdown if request.compiled and request.dp_size > 1 else 1.0
     forward_s = tokens * flops.model / 3 / rate * beside_nccl * uneven(request.shape, request.pp)
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
@@ -206,6 +209,15 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     backward_s = 2 * forward_s + recompute_s + sums_s
     waits = max(1.0, _launches_s(request) / (forward_s + backward_s))
     return forward_s * waits, backward_s * waits
+
+
+def _matrix_share(request: PlanRequest) -> float:
+    """Return the share of MATRIX_FLOPS that forward and backward pass reach."""
+    if not request.compiled:
+        return EAGER_SHARE
+    if request.pp > 1:
+        return PIPELINE_SHARE
+    return DIVIDED_SHARE if request.tp > 1 else COMPILED_SHARE[request.plugin]
 
 
 def _launches_s(request: PlanRequest) -> float:

@@ -28,14 +28,18 @@ OTHER_ZERO_SPEED = 0.8
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200. torch_ddp and low_level_zero in
 # one call (2026-11-28), without the update 138.0 ms a step to 125.1 and 130.6 to 119.8; gemini so that with the update it
 # takes what it took beside torch_ddp in another (2026-11-27), 193,136 to 211,190 tokens/s;
-# hybrid_parallel with tp 2, compiled, 181.2 ms, of which LAYER_BYTES_S explains 19.6, the update 5, to 120.5 on one.
+# hybrid_parallel's is what tp 2 x dp 2, compiled, 181.2 ms to 131.0 on one, leaves beside its layers' exchanges and
+# DIVIDED_SPEED. The torch_ddp beside gemini was PyTorch's DDP, 0.886 here.
 EXCHANGE_SPEED = {
     "torch_ddp": 0.907,
     "torch_ddp_fp16": 0.907,
     "low_level_zero": 0.917,
     "gemini": 0.763,
-    "hybrid_parallel": 0.77,
+    "hybrid_parallel": 0.91,
 }
+# Divided layers without a pipeline, whose matrices are small, over whole ones: 1.3b under tp 2, 333.7 ms on two H200
+# (2026-11-28). Pipelines of 13b and 30b under tp 2 are not slower than whole layers.
+DIVIDED_SPEED = 0.845
 # Bus bandwidth of an all-reduce between two GPUs over NVLink, measured; nothing hides those of divided layers.
 LAYER_BYTES_S = 329e9
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
@@ -120,8 +124,10 @@ class StepTime:
     """Seconds of a step by cause; the whole is their sum.
 
     Args:
-        compute: forward, backward, with what divided layers exchange, and the GPU's own update.
+        compute: forward, backward and the GPU's own update.
         recompute: forward of the recomputed layers once more.
+        exchanges: between the GPUs that share a layer.
+        bubble: stages of a pipeline wait for the first and the last piece.
         micro_batches: what accumulation adds.
         host: the GPU waits for the host's updates and parameters.
         launches: the GPU waits for the host to launch its work, where that is little.
@@ -129,19 +135,23 @@ class StepTime:
 
     compute: float
     recompute: float
+    exchanges: float
+    bubble: float
     micro_batches: float
     host: float
     launches: float
 
     @property
     def total(self) -> float:
-        return self.compute + self.recompute + self.micro_batches + self.host + self.launches
+        return sum(vars(self).values())
 
     def describe(self) -> str:
         """Return the causes as shares of the whole, those that are nothing left out."""
         parts = {
             "compute": self.compute,
             "recompute": self.recompute,
+            "divided layers' exchanges": self.exchanges,
+            "the pipeline's bubble": self.bubble,
             "accumulation": self.micro_batches,
             "waiting for the host": self.host,
             "waiting for launches": self.launches,
@@ -157,13 +167,13 @@ def step_time(work: Work) -> StepTime:
     then hides it, and after that pass otherwise.
     """
     flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
-    rate = GPU_FLOPS * work.replica_size * _plugin_speed(work) / (1 + work.bubble)
+    rate = GPU_FLOPS * work.replica_size * _plugin_speed(work)
     sums = (work.pieces * work.micro_batches - 1) * work.num_params * SUM_PARAMETER_S if work.stages > 1 else 0.0
-    forward_backward = work.tokens * flops.model / rate * uneven(work.shape, work.stages)
-    exchanges = work.layer_bytes / LAYER_BYTES_S + work.layer_rounds * LATENCY_S
-    forward_backward += (exchanges + sums) * (1 + work.bubble)
-    recompute = work.tokens * (flops.hardware - flops.model) / rate
+    forward_backward = work.tokens * flops.model / rate * uneven(work.shape, work.stages) + sums
+    recompute = work.tokens * (flops.hardware - flops.model) / rate * _uneven_recompute(work)
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
+    exchanges = work.layer_bytes / LAYER_BYTES_S + work.layer_rounds * LATENCY_S
+    bubble = work.bubble * (forward_backward + recompute + exchanges)
     host = work.host_states * HOST_ADAM_S
     if work.step_in_backward:
         host = max(0.0, host - last_backward)
@@ -171,9 +181,11 @@ def step_time(work: Work) -> StepTime:
     return StepTime(
         compute=compute,
         recompute=recompute,
+        exchanges=exchanges,
+        bubble=bubble,
         micro_batches=(work.micro_batches - 1) * (MICRO_BATCH_S + work.num_params * MICRO_BATCH_PARAMETER_S),
         host=host + work.micro_batches * work.host_parameters * HOST_PARAMETER_S,
-        launches=max(0.0, _launch_s(work) - compute - recompute),
+        launches=max(0.0, _launch_s(work) - compute - recompute - exchanges - bubble),
     )
 
 
@@ -182,12 +194,21 @@ def uneven(shape: MatrixShape, stages: int) -> float:
     return 1 + (stages - 1) * (1 - shape.layer_matrix_params / shape.matrix_params)
 
 
+def _uneven_recompute(work: Work) -> float:
+    """Return the first stage's recomputed layers over an even share of them: they are the first of the model."""
+    if not work.recomputed_layers:
+        return 1.0
+    part = work.shape.num_layers / (work.stages * work.chunks)
+    rounds, rest = divmod(work.recomputed_layers, work.stages * part)
+    return (rounds * part + min(rest, part)) * work.stages / work.recomputed_layers
+
+
 def _launch_s(work: Work) -> float:
     """Return the seconds in which the host launches a step."""
     if not work.on_gpu:
         return 0.0
     layers = work.micro_batches * work.shape.num_layers
-    if work.replica_size == 1:
+    if work.stages == 1:
         return layers * LAUNCH_S[work.plugin]
     layer_s = COMPILED_LAYER_S if work.compiled else EAGER_LAYER_S
     return layers / work.stages * work.pieces * layer_s * (1 + work.bubble)
@@ -199,4 +220,6 @@ def _plugin_speed(work: Work) -> float:
         factor *= OTHER_ZERO_SPEED
     if work.exchanges:
         factor *= EXCHANGE_SPEED[work.plugin]
+    if work.layer_bytes and work.stages == 1:
+        factor *= DIVIDED_SPEED
     return factor * (BACKWARD_STEP_SPEED if work.step_in_backward else 1.0)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from args import ConfigError, TrainArgs, parse_args
-from checkpoint import FIXED_FLAGS, MANIFEST, find, resume_problems, step_folders, verify
+from checkpoint import FIXED_FLAGS, MANIFEST, find, load, resume_problems, step_folders, verify
 from conftest import MINI, ROOT
 from runtime import folder_lock, lock_problem
 from train_clm import export
@@ -95,6 +96,21 @@ def test_another_plugin_and_number_of_ranks_goes_on_with_the_same_losses(whole, 
     for name, run in run_many(tmp_path, flags, world=4).items():
         assert run.code == 0, name + run.output
         assert run.losses == pytest.approx(whole["pipeline fp32"].losses[2:], rel=1e-5), name
+
+
+@pytest.mark.parametrize(("tp", "expected"), [(1, "restored"), (2, 5 + 2)])
+def test_ranks_that_come_to_share_a_layer_draw_their_masks_anew(tp, expected, whole):
+    drawn, folder = [], whole["torch_ddp"].folder
+    engine = SimpleNamespace(
+        args=TrainArgs(tp=tp, seed=5),
+        runtime=SimpleNamespace(world_size=2),
+        load_states=lambda read, adam_step: None,
+        restore_counters=lambda counters: None,
+        set_random_states=lambda states: drawn.append("restored"),
+        seed_dropout=lambda seed: drawn.append(seed),
+    )
+    load(engine, find(str(checkpoint_of(whole["torch_ddp"], 2)), folder))
+    assert drawn == [expected]
 
 
 def test_an_interleaved_pipeline_of_any_number_of_parts_goes_on_as_another_and_as_ddp(tmp_path, run_many):

@@ -226,6 +226,35 @@ def test_a_pipelines_pieces_are_chosen_and_named_where_memory_ran_out() -> None:
     assert advice[0] == "--num_microbatches 8"
     halved = next(line for line in advice if "per_device" in line)
     assert "--num_microbatches 4" in halved
+    given = replace(given, per_device_train_batch_size=6)  # 24 rows in 8 pieces; half of them are not
+    advice = planner.oom_advice(given, replace(given, num_microbatches=8), num_layers=24, world_size=4, on_cpu=False)
+    halved = next(line for line in advice if "per_device" in line)
+    assert "--per_device_train_batch_size 3" in halved and "--num_microbatches" not in halved
+
+
+def test_where_auto_divided_layers_that_ran_out_of_memory_the_host_is_advised_as_well() -> None:
+    given = TrainArgs(**LARGE)
+    choice = choose_on_four()
+    named = ("plugin", "precision", "tp", "pp", "pp_schedule", "num_microbatches", "num_model_chunks")
+    used = replace(given, **{name: getattr(choice, name) for name in named}, gradient_checkpointing="0")
+    advice = planner.oom_advice(given, used, num_layers=48, world_size=4)
+    (line,) = (each for each in advice if each.endswith("--offload_optim_frac 1"))
+    assert line.startswith("--plugin gemini") and "--tp" not in line
+    changed = parse_args(f"--per_device_train_batch_size 4 --block_size 1024 {line}".split())
+    assert problems(changed, world_size=4, num_gpus=4, gpus_per_node=4) == []
+    kept = planner.oom_advice(replace(given, plugin="hybrid_parallel", tp=4), used, num_layers=48, world_size=4)
+    assert not any("gemini" in each for each in kept)
+
+
+def test_no_setting_is_advised_that_takes_more_than_what_ran_out() -> None:
+    args = TrainArgs(plugin="hybrid_parallel", tp=2, pp=2, per_device_train_batch_size=4, block_size=1024)
+    ran = resolve_auto(args, shape_of("13b"), 4, 79.6, 1024)
+    used = replace(args, num_microbatches=ran.num_microbatches, precision="bf16", gradient_checkpointing="0")
+    where = shape_of("13b"), 4, 79.6, 1024
+    fastest = resolve_auto(replace(args, pp_schedule="interleaved"), *where)
+    assert fastest.fits and fastest.step_time.total < ran.step_time.total
+    assert fastest.plan.total_bytes > ran.plan.total_bytes  # 68 GiB, that one, for 59 that ran out
+    assert planner.fitting_flags(args, used, *where) is None
 
 
 def test_weights_stay_where_they_are_drawn_if_there_is_room() -> None:

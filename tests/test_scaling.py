@@ -43,12 +43,10 @@ def test_one_gpu_reaches_the_share_of_the_ceiling_that_was_put_in():
     assert prediction.tokens_per_s == pytest.approx(8 * 1024 / prediction.step.total)
 
 
-# Measured on H200s of one machine, 2026-11-27 (docs/scaling.md), 1.3b: tokens/s. The rates are fitted to these.
+# Measured on H200s of one machine, 2026-11-27 and 28 (docs/scaling.md), 1.3b: tokens/s. The rates are fitted to these.
 MEASURED = [
     ("low_level_zero", 1, {}, 62_400),
     ("torch_ddp", 1, {}, 58_300),
-    ("torch_ddp", 2, {}, 107_683),
-    ("torch_ddp", 4, {}, 206_700),
     ("gemini", 1, {}, 53_400),
     ("gemini", 2, {}, 92_753),
     ("gemini", 4, {}, 196_005),
@@ -60,6 +58,9 @@ MEASURED = [
         78_408,
     ),
     ("low_level_zero", 4, {}, 243_692),
+    ("torch_ddp", 4, {}, 220_221),
+    ("hybrid_parallel", 2, {"tp": 2, "batch_size": 32, "zero_stage": 0}, 98_208),
+    ("hybrid_parallel", 4, {"tp": 2, "batch_size": 16, "zero_stage": 0}, 180_811),
 ]
 
 
@@ -207,7 +208,9 @@ def test_tensor_parallelism_waits_four_times_a_layer_and_halves_the_rest(monkeyp
     both = predict(request("hybrid_parallel", 2, tp=2, zero_stage=0), Machines(2)).step
     num_bytes = 4 * SHAPE.num_layers * 8 * 1024 * SHAPE.hidden_size * 2
     assert both.layers == pytest.approx(num_bytes / NVLINK_BYTES_S[2])
-    assert both.compute == pytest.approx(alone.compute / 2) and both.update == pytest.approx(alone.update / 2, rel=0.01)
+    slower = scaling.COMPILED_SHARE["hybrid_parallel"] / scaling.DIVIDED_SHARE
+    assert both.compute == pytest.approx(slower * alone.compute / 2)
+    assert both.update == pytest.approx(alone.update / 2, rel=0.01)
 
 
 def test_recompute_costs_less_than_its_operations_and_no_mfu_is_claimed_for_it():

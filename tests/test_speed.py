@@ -77,6 +77,25 @@ def test_a_pipeline_is_cut_into_few_pieces_where_launches_take_long_and_into_man
     assert min(large, key=large.__getitem__) == 8
 
 
+def test_a_stage_recomputes_the_first_layers_of_each_of_its_parts() -> None:
+    def recompute(layers: int, chunks: int) -> float:
+        piped = work_of("1.3b", 32, plugin="hybrid_parallel", replica_size=2, stages=2, chunks=chunks)
+        return step_time(replace(piped, recomputed_layers=layers)).recompute
+
+    # 24 layers: stage 0 has the first 12; in two parts each 0 to 5 and 12 to 17.
+    assert recompute(12, 1) == recompute(24, 1) == pytest.approx(2 * recompute(6, 1))
+    assert recompute(6, 2) == recompute(12, 2) == pytest.approx(recompute(24, 2) / 2)
+    assert recompute(15, 2) == pytest.approx(recompute(24, 2) * 9 / 12)
+
+
+def test_divided_layers_without_a_pipeline_are_slower_and_launched_as_whole_ones() -> None:
+    whole = work_of("2.7b", 1, plugin="hybrid_parallel", replica_size=2)
+    divided = replace(whole, layer_bytes=1.0)
+    assert step_time(divided).launches > 0 and step_time(divided).total == pytest.approx(step_time(whole).total)
+    large = work_of("2.7b", 64, plugin="hybrid_parallel", replica_size=2)
+    assert step_time(replace(large, layer_bytes=1.0)).compute > 1.1 * step_time(large).compute
+
+
 def test_a_small_batch_waits_for_the_host_to_launch_it_least_under_ddp() -> None:
     small, large = (
         {plugin: step_time(work_of("125m", rows, plugin=plugin)).total for plugin in PLUGIN_SPEED} for rows in (8, 32)
