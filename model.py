@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import planner
 from args import ConfigError, TrainArgs
 from opt_sizes import OPT_SHAPES, OPTShape
 from planner import ModelShape, model_shape
@@ -68,7 +69,9 @@ def shape_of(source: ModelSource) -> ModelShape:
     with torch.device("meta"):
         num_params = AutoModelForCausalLM.from_config(config).num_parameters()
     found = model_shape(shape, num_params)
-    return found if config.model_type == "opt" else replace(found, num_heads=0)
+    if config.model_type != "opt":
+        return replace(found, num_heads=0)
+    return replace(found, num_heads=config.num_attention_heads, ffn_width=config.ffn_dim)
 
 
 def find_model(args: TrainArgs) -> ModelSource:
@@ -132,23 +135,7 @@ def layout_problems(source: ModelSource, args: TrainArgs, world_size: int) -> li
         )
     if args.plugin != "hybrid_parallel" or max(args.tp, args.pp) == 1:
         return found
-    if config.model_type != "opt":
-        found.append(f"--plugin hybrid_parallel: --tp and --pp above 1 split OPT only, got {config.model_type}")
-        return found
-    for what, number in (
-        ("attention heads", config.num_attention_heads),
-        ("feed-forward width", config.ffn_dim),
-        ("vocabulary", config.vocab_size),
-    ):
-        if number % args.tp:
-            found.append(f"--tp {args.tp}: must divide {source.name}'s {what}, {number}")
-    num_chunks = args.pp * (args.num_model_chunks or 2 if args.pp_schedule == "interleaved" else 1)
-    parts = f" x --num_model_chunks {num_chunks // args.pp}" if args.pp_schedule == "interleaved" else ""
-    if config.num_hidden_layers < num_chunks:
-        found.append(
-            f"--pp {args.pp}{parts}: needs at least {num_chunks} layers, {source.name} has {config.num_hidden_layers}"
-        )
-    return found
+    return found + planner.layout_problems(args, source.name, shape_of(source))
 
 
 def load_tokenizer(args: TrainArgs, source: ModelSource) -> Any:

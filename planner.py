@@ -149,15 +149,40 @@ def model_shape(shape: OPTShape, num_params: int | None = None) -> ModelShape:
     )
 
 
+def layout_problems(args: TrainArgs, name: str, shape: ModelShape) -> list[str]:
+    """Return what in a model does not divide by hybrid_parallel's tp and pp."""
+    if args.plugin != "hybrid_parallel" or max(args.tp, args.pp) == 1:
+        return []
+    if not shape.num_heads:
+        return [f"--plugin hybrid_parallel: --tp and --pp above 1 split OPT only, which {name} is not"]
+    sizes = {
+        "attention heads": shape.num_heads,
+        "feed-forward width": shape.ffn_width,
+        "vocabulary": shape.vocab_size,
+    }
+    found = [
+        f"--tp {args.tp}: must divide {name}'s {what}, {number}" for what, number in sizes.items() if number % args.tp
+    ]
+    is_interleaved = args.pp_schedule == "interleaved"
+    num_chunks = args.num_model_chunks or 2 if is_interleaved else 1
+    if shape.num_layers < args.pp * num_chunks:
+        parts = f" x --num_model_chunks {num_chunks}" if is_interleaved else ""
+        found.append(
+            f"--pp {args.pp}{parts}: needs at least {args.pp * num_chunks} layers, {name} has {shape.num_layers}"
+        )
+    return found
+
+
 def layouts(shape: ModelShape, world_size: int, gpus: int) -> Iterator[tuple[int, int]]:
-    """Yield tp and pp, powers of two that divide GPUs, heads, vocabulary and layers; tp stays in a machine.
+    """Yield tp and pp, powers of two that divide GPUs, layers and what is in them; tp stays in a machine.
 
     Args:
         gpus: of one machine.
     """
     yield 1, 1
     for tp in (1, 2, 4, 8) if shape.num_heads else ():
-        divides_layers = gpus % tp == shape.num_heads % tp == shape.vocab_size % tp == 0
+        sizes = gpus, shape.num_heads, shape.ffn_width, shape.vocab_size
+        divides_layers = all(size % tp == 0 for size in sizes)
         for pp in (1, 2, 4, 8, 16):
             if tp * pp > 1 and divides_layers and world_size % (tp * pp) == shape.num_layers % pp == 0:
                 yield tp, pp
@@ -1133,7 +1158,8 @@ def alternatives(
         for recompute in ("off", "on"):
             changed = {**changes, "gradient_checkpointing": recompute}
             setting = replace(args, **changed)
-            if problems(setting, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
+            refused = problems(setting, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
+            if refused or layout_problems(setting, "", shape):
                 continue
             other = resolve_auto(setting, shape, world_size, gpu_gib, host_gib, dropout=dropout)
             speed = choice.step_time.total / other.step_time.total

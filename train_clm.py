@@ -80,6 +80,9 @@ def print_plan(args: TrainArgs) -> int:
     except ConfigError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
+    if found := planner.layout_problems(args, args.model_slug, shape):
+        print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
+        return 2
     host_gib = None if args.gpus else hardware.host_memory_gib()  # of a machine that is not this one nothing is known
     where = (args, shape, world_size, gpu_gib, host_gib)
     choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)

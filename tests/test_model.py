@@ -1,8 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import OPTForCausalLM
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
 from args import ConfigError, TrainArgs
 from model import (
@@ -16,6 +17,7 @@ from model import (
     load_tokenizer,
     parameter_groups,
     recompute_layers,
+    shape_of,
     summed_loss,
 )
 from opt_sizes import OPT_SHAPES
@@ -140,6 +142,19 @@ def test_a_layout_that_does_not_divide_the_model_is_refused():
     found = layout_problems(tiny_source(), args, 40)
     assert "--tp 8: must divide tiny's attention heads, 4" in found
     assert "--pp 5: needs at least 5 layers, tiny has 4" in found
+
+
+def test_only_opt_is_divided_whatever_its_width():
+    wide = replace(tiny_source(), config=OPTConfig(**{**tiny_source().config.to_dict(), "ffn_dim": 96}))
+    shape = shape_of(wide)
+    assert (shape.num_heads, shape.ffn_width) == (4, 96)
+    args = TrainArgs(plugin="hybrid_parallel", tp=2, pp=2, pp_schedule="interleaved", num_model_chunks=3)
+    (problem,) = layout_problems(wide, args, 4)
+    assert problem == "--pp 2 x --num_model_chunks 3: needs at least 6 layers, tiny has 4"
+    llama = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    other = replace(tiny_source(), config=llama)
+    assert shape_of(other).num_heads == 0
+    assert "split OPT only" in layout_problems(other, args, 4)[0]
 
 
 def test_layers_left_out_at_random_are_refused_where_ranks_have_to_agree():

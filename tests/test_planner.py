@@ -919,3 +919,15 @@ def test_a_plan_for_flags_that_contradict_each_other_is_refused() -> None:
     command = [sys.executable, "train_clm.py", "--plan", "--plugin", "gemini", "--precision", "fp32"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: --precision fp32: gemini trains in bf16")
+
+
+def test_a_plan_for_a_layout_that_does_not_divide_the_model_is_refused() -> None:
+    flags = "--plan --gpus 4 --model_name_or_path tiny --plugin hybrid_parallel --pp 4 --pp_schedule interleaved"
+    done = subprocess.run(
+        [sys.executable, "train_clm.py", *flags.split()],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "--num_model_chunks 2: needs at least 8 layers, tiny has 4" in done.stderr
