@@ -195,8 +195,8 @@ def _number_problems(args: TrainArgs) -> list[str]:
     at_least = {
         "block_size": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": 1, "logging_steps": 1,
-        "tp": 1, "pp": 1, "gpus": 1, "nodes": 1, "max_train_samples": 1, "max_eval_samples": 1, "num_microbatches": 0,
-        "num_model_chunks": 0,
+        "tp": 1, "pp": 1, "gpus": 1, "nodes": 1, "max_train_samples": 1, "max_eval_samples": 1,
+        "num_microbatches": 0, "num_model_chunks": 0,
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
         "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
@@ -268,7 +268,8 @@ def _unused_problems(args: TrainArgs) -> list[str]:
     """Return a problem for each flag that the named plugin has no use for."""
     users = {
         "tp": ("hybrid_parallel",), "pp": ("hybrid_parallel",), "num_microbatches": ("hybrid_parallel",),
-        "pp_schedule": ("hybrid_parallel",), "num_model_chunks": ("hybrid_parallel",), "zero_stage": ("low_level_zero", "hybrid_parallel"),
+        "pp_schedule": ("hybrid_parallel",), "num_model_chunks": ("hybrid_parallel",),
+        "zero_stage": ("low_level_zero", "hybrid_parallel"),
         "placement": ("gemini",), "offload_optim_frac": ("gemini", "low_level_zero"), "offload_param_frac": ("gemini",),
         "step_in_backward": ("low_level_zero",),
     }  # fmt: skip
@@ -323,6 +324,11 @@ def _pipeline_problems(args: TrainArgs) -> list[str]:
 def pipeline_microbatches(args: TrainArgs) -> int:
     """Return the pipeline's micro-batches a batch: the flag, or the most of `microbatch_choices`."""
     return microbatch_choices(args)[-1]
+
+
+def model_chunks(args: TrainArgs) -> int:
+    """Return the parts of the model on each stage: 1 but for an interleaved pipeline, there the flag, or 2."""
+    return args.num_model_chunks or 2 if args.pp_schedule == "interleaved" else 1
 
 
 def microbatch_choices(args: TrainArgs) -> list[int]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import planner
 from args import ConfigError, TrainArgs
 from opt_sizes import OPT_SHAPES, OPTShape
 from planner import ModelShape, model_shape
@@ -126,16 +125,11 @@ def _trainable(config: PretrainedConfig, args: TrainArgs) -> PretrainedConfig:
     return config
 
 
-def layout_problems(source: ModelSource, args: TrainArgs, world_size: int) -> list[str]:
-    """Return what in the model does not divide by the parallel layout, or would differ from rank to rank."""
-    config, found = source.config, list[str]()
-    if world_size > 1 and getattr(config, "layerdrop", False):
-        found.append(
-            f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json"
-        )
-    if args.plugin != "hybrid_parallel" or max(args.tp, args.pp) == 1:
-        return found
-    return found + planner.layout_problems(args, source.name, shape_of(source))
+def layerdrop_problems(source: ModelSource, world_size: int) -> list[str]:
+    """Return what in the model would differ from rank to rank."""
+    if world_size == 1 or not getattr(source.config, "layerdrop", False):
+        return []
+    return [f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json"]
 
 
 def load_tokenizer(args: TrainArgs, source: ModelSource) -> Any:

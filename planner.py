@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any, Literal
 
-from args import TrainArgs, microbatch_choices, microbatch_numbers, pipeline_microbatches, problems
+from args import TrainArgs, microbatch_choices, microbatch_numbers, model_chunks, pipeline_microbatches, problems
 from opt_sizes import OPTShape
 from speed import StepTime, Work, step_time
 
@@ -64,14 +64,13 @@ GRAPH_LAYERS, GRAPH_BYTES = 5, 2**30
 
 Place = Literal["device", "host", "cast"]
 
+# Those that lay out hybrid_parallel.
+LAYOUT_FLAGS = ("tp", "pp", "pp_schedule", "num_microbatches", "num_model_chunks")
 # The flags that `auto` can decide and that advice has to name.
 AUTO_FLAGS = (
     "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "tp", "pp", "pp_schedule", "num_microbatches",
-    "num_model_chunks",
+    "per_device_train_batch_size", "gradient_accumulation_steps", *LAYOUT_FLAGS,
 )  # fmt: skip
-# Those of them that lay out hybrid_parallel.
-LAYOUT_FLAGS = ("tp", "pp", "pp_schedule", "num_microbatches", "num_model_chunks")
 # What else a plugin may have been given, and another one would refuse.
 OTHER_FLAGS = ("placement",)
 # Where memory ran out, advice leaves this much more of it free than a plan does.
@@ -163,13 +162,10 @@ def layout_problems(args: TrainArgs, name: str, shape: ModelShape) -> list[str]:
     found = [
         f"--tp {args.tp}: must divide {name}'s {what}, {number}" for what, number in sizes.items() if number % args.tp
     ]
-    is_interleaved = args.pp_schedule == "interleaved"
-    num_chunks = args.num_model_chunks or 2 if is_interleaved else 1
-    if shape.num_layers < args.pp * num_chunks:
-        parts = f" x --num_model_chunks {num_chunks}" if is_interleaved else ""
-        found.append(
-            f"--pp {args.pp}{parts}: needs at least {args.pp * num_chunks} layers, {name} has {shape.num_layers}"
-        )
+    chunks = model_chunks(args)
+    if shape.num_layers < args.pp * chunks:
+        parts = f" x --num_model_chunks {chunks}" if chunks > 1 else ""
+        found.append(f"--pp {args.pp}{parts}: needs at least {args.pp * chunks} layers, {name} has {shape.num_layers}")
     return found
 
 
@@ -179,13 +175,14 @@ def layouts(shape: ModelShape, world_size: int, gpus: int) -> Iterator[tuple[int
     Args:
         gpus: of one machine.
     """
-    yield 1, 1
-    for tp in (1, 2, 4, 8) if shape.num_heads else ():
-        sizes = gpus, shape.num_heads, shape.ffn_width, shape.vocab_size
+    if not shape.num_heads:
+        yield 1, 1
+        return
+    sizes = gpus, shape.num_heads, shape.ffn_width, shape.vocab_size
+    for tp, pp in product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
         divides_layers = all(size % tp == 0 for size in sizes)
-        for pp in (1, 2, 4, 8, 16):
-            if tp * pp > 1 and divides_layers and world_size % (tp * pp) == shape.num_layers % pp == 0:
-                yield tp, pp
+        if divides_layers and world_size % (tp * pp) == 0 and shape.num_layers % pp == 0:
+            yield tp, pp
 
 
 @dataclass(frozen=True)
@@ -827,6 +824,7 @@ def work(request: PlanRequest) -> Work:
     shared = request.dp_size if request.plugin in ("gemini", "low_level_zero") or request.zero_stage else 1
     states = stage_params(request) / shared
     on_host = request.offload_optim_frac * states
+    num_bytes, calls = layer_exchanges(request)
     return Work(
         shape=request.shape,
         plugin=request.plugin,
@@ -847,20 +845,17 @@ def work(request: PlanRequest) -> Work:
         pieces=request.num_microbatches,
         chunks=request.pp_chunks,
         compiled=request.compiled,
-        **_layer_exchanges(request),
+        layer_bytes=2 * (request.tp - 1) / request.tp * num_bytes,
+        layer_rounds=2 * calls * math.log2(request.tp),
     )
 
 
-def _layer_exchanges(request: PlanRequest) -> dict[str, float]:
-    """Return `Work`'s numbers of the two all-reduces of a divided layer's output forward and two backward."""
+def layer_exchanges(request: PlanRequest) -> tuple[float, int]:
+    """Return bytes and number of a stage's all-reduces in a step: two a divided layer forward, two backward."""
     layers = (4 * request.shape.num_layers + 2 * request.checkpointed_layers) / request.pp
     tokens = request.batch_size * request.block_size * request.accumulation_steps
-    num_bytes = layers * tokens * request.shape.hidden_size * request.item_bytes
-    calls = layers * request.num_microbatches * request.accumulation_steps
-    return {
-        "layer_bytes": 2 * (request.tp - 1) / request.tp * num_bytes,
-        "layer_rounds": 2 * calls * math.log2(request.tp),
-    }
+    calls = math.ceil(layers * request.num_microbatches * request.accumulation_steps)
+    return layers * tokens * request.shape.hidden_size * request.item_bytes, calls
 
 
 def _splits(args: TrainArgs, gpu_gib: float | None) -> list[int]:
@@ -905,7 +900,6 @@ def _requests(
         precision = _precision(named, on_cpu=gpu_gib is None, has_bf16=has_bf16)
         zero_stage = args.zero_stage if args.zero_stage is not None else int(setting.plugin == "low_level_zero")
         is_pipeline = setting.plugin == "hybrid_parallel" and setting.pp > 1
-        is_interleaved = is_pipeline and setting.pp_schedule == "interleaved"
         request = PlanRequest(
             shape=shape,
             plugin=setting.plugin,
@@ -928,14 +922,20 @@ def _requests(
         if not is_pipeline:
             yield request
             continue
-        chunks = [args.num_model_chunks] if args.num_model_chunks else chunk_numbers(shape, setting.pp)
-        for number in chunks if is_interleaved else [1]:
-            yield from in_pieces(replace(request, pp_chunks=number), microbatch_choices(named))
+        for chunks in _chunk_choices(named, shape):
+            yield from in_pieces(replace(request, pp_chunks=chunks), microbatch_choices(named))
+
+
+def _chunk_choices(args: TrainArgs, shape: ModelShape) -> list[int]:
+    """Return the numbers of parts a stage that are open to choice: one alone without interleaving or by the flag."""
+    if args.pp_schedule != "interleaved" or args.num_model_chunks:
+        return [model_chunks(args)]
+    return chunk_numbers(shape, args.pp) or [model_chunks(args)]
 
 
 def chunk_numbers(shape: ModelShape, pp: int) -> list[int]:
-    """Return the numbers of parts that each stage of an interleaved pipeline may have: 2, and 4 of as many layers each."""
-    return [2, *[4] * (shape.num_layers % (4 * pp) == 0)]
+    """Return the numbers of parts of as many layers each that a stage of an interleaved pipeline may have: of 2 and 4."""
+    return [number for number in (2, 4) if shape.num_layers % (number * pp) == 0]
 
 
 def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:
@@ -989,7 +989,7 @@ def _divided(args: TrainArgs, shape: ModelShape, world_size: int) -> Iterator[_S
         if tp * pp > 1 and (same_batch or pp == 1):
             setting = _Setting("hybrid_parallel", tp=tp, pp=pp)
             yield setting
-            if pp > 1 and shape.num_layers % (2 * pp) == 0:
+            if pp > 1 and chunk_numbers(shape, pp):
                 yield replace(setting, pp_schedule="interleaved")
 
 
@@ -1259,8 +1259,8 @@ def fitting_flags(
         options: `resolve_auto`'s.
 
     Returns:
-        None where nothing is predicted to fit without taking more than what ran, nothing limits a device, or another flag stands in
-        the way.
+        None where nothing is predicted to fit without taking more than what ran, nothing limits a device, or another
+        flag stands in the way.
     """
     limits = [gpu_gib * GIB / 1e9 if gpu_gib else 0.0, given.mem_cap]
     limit_gb = min((limit for limit in limits if limit), default=0.0)
@@ -1271,7 +1271,7 @@ def fitting_flags(
     ran = resolve_auto(used, shape, world_size, gpu_gib, host_gib, **options)
     if not limit_gb or not choice.fits or choice.plan.total_bytes > ran.plan.total_bytes:
         return None
-    changed = replace(asked, mem_cap=given.mem_cap, **_chosen_flags(choice))
+    changed = replace(asked, mem_cap=given.mem_cap, **chosen_flags(choice))
     changes = {name: getattr(changed, name) for name in free if getattr(changed, name) != getattr(given, name)}
     num_gpus = 0 if gpu_gib is None else world_size
     refused = problems(changed, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
@@ -1280,7 +1280,7 @@ def fitting_flags(
     return None if refused or is_used else _flags(changes)
 
 
-def _chosen_flags(choice: Choice) -> dict[str, Any]:
+def chosen_flags(choice: Choice) -> dict[str, Any]:
     """Return the flags that make a run of this choice."""
     flags = {name: getattr(choice, name) for name in AUTO_FLAGS if hasattr(choice, name)}
     step = "on" if choice.step_in_backward else "off"
@@ -1337,8 +1337,8 @@ def _cheaper_settings(args: TrainArgs, given: TrainArgs, num_layers: int, world_
 def _gemini_settings(args: TrainArgs, given: TrainArgs) -> Iterator[dict[str, Any]]:
     if given.plugin == "hybrid_parallel":
         return
-    whole = {name: getattr(TrainArgs(), name) for name in LAYOUT_FLAGS if args.plugin == "hybrid_parallel"}
-    gemini = {} if args.plugin == "gemini" else {"plugin": "gemini", **_half(args), **whole}
+    layout = {name: getattr(given, name) for name in LAYOUT_FLAGS}
+    gemini = {} if args.plugin == "gemini" else {"plugin": "gemini", **_half(args), **layout}
     yield gemini
     if args.offload_optim_frac < 1 or gemini:
         yield {**gemini, "offload_optim_frac": 1.0}

@@ -11,8 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import report
-from planner import GIB, ModelShape, Plan, PlanRequest, chunk_numbers, in_pieces, layouts, plan, stage_params
-from speed import COMPILED_LAYER_S, EAGER_LAYER_S, LATENCY_S, SUM_PARAMETER_S, uneven
+from planner import (
+    GIB,
+    ModelShape,
+    Plan,
+    PlanRequest,
+    chunk_numbers,
+    in_pieces,
+    layer_exchanges,
+    layouts,
+    plan,
+    stage_params,
+)
+from speed import COMPILED_LAYER_S, EAGER_LAYER_S, LATENCY_S, NVLINK_BYTES_S, SUM_PARAMETER_S, stage_imbalance
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
 ORIGIN = (
@@ -46,8 +57,6 @@ BESIDE_SMALL_BUCKETS = 1.13
 # ms (0.86), 13b, batch 4, on four 770.3 for 644.3 and 651.7 (0.6; 2026-11-27).
 RECOMPUTED = 0.7
 HBM_BYTES_S = 0.9 * 3.35e12  # data sheet; 0.9 of it: ASSUMPTION
-# Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
-NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 NIC_BYTES_S = 50e9  # ASSUMPTION: one 400 Gb/s InfiniBand port for each GPU
 PINNED_BYTES_S = 54e9  # measured: host to device, and back
 HOST_UPDATE_S = 0.195e-9  # measured: a parameter's Adam on 16 threads of the host
@@ -200,10 +209,9 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     flops = report.token_flops(request.shape, request.block_size, recomputed_layers=request.checkpointed_layers)
     tokens = request.batch_size * request.block_size / (request.tp * request.pp)
     rate = MATRIX_FLOPS * _matrix_share(request)
-    has_small_buckets = request.plugin == "gemini" or (request.plugin == "hybrid_parallel" and request.zero_stage > 0)
-    slowdown = BESIDE_SMALL_BUCKETS if has_small_buckets else BESIDE_NCCL[request.plugin]
+    slowdown = BESIDE_NCCL[request.plugin] if _is_own_exchange(request) else BESIDE_SMALL_BUCKETS
     beside_nccl = slowdown if request.compiled and request.dp_size > 1 else 1.0
-    forward_s = tokens * flops.model / 3 / rate * beside_nccl * uneven(request.shape, request.pp)
+    forward_s = tokens * flops.model / 3 / rate * beside_nccl * stage_imbalance(request.shape, request.pp)
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
     sums_s = (request.num_microbatches - 1) * stage_params(request) * SUM_PARAMETER_S
     backward_s = 2 * forward_s + recompute_s + sums_s
@@ -234,6 +242,11 @@ def _state_shards(request: PlanRequest) -> int:
     return request.dp_size if shards_states else 1
 
 
+def _is_own_exchange(request: PlanRequest) -> bool:
+    """Return whether gradients go in few large exchanges of ours, and not in ColossalAI's buckets."""
+    return request.plugin != "gemini" and not (request.plugin == "hybrid_parallel" and request.zero_stage)
+
+
 def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s: float) -> tuple[float, float]:
     """Return the seconds in which the GPU waits for gradients, and for parameters.
 
@@ -247,8 +260,7 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     num_params, item = stage_params(request), request.item_bytes
     gradient_bytes = num_params * (4 if request.plugin.startswith("torch_ddp") else item)
     is_zero = request.plugin == "low_level_zero"
-    is_replica = request.plugin == "hybrid_parallel" and not request.zero_stage
-    is_own = is_zero or is_replica or request.plugin.startswith("torch_ddp")
+    is_own = _is_own_exchange(request)
     scatters = is_zero or request.plugin == "gemini" or request.zero_stage == 2
     calls = math.ceil(gradient_bytes / (OWN_BUCKET_BYTES if is_own else BUCKET_BYTES))
     exchange = group.gather_s if scatters else group.all_reduce_s
@@ -264,10 +276,8 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
 
 def _layers_s(request: PlanRequest, group: Group) -> float:
     """Return the seconds of tensor parallelism: two all-reduces a layer forward and two backward, none hidden."""
-    shape, tokens = request.shape, request.batch_size * request.block_size
-    layers = (4 * shape.num_layers + 2 * request.checkpointed_layers) / request.pp
-    calls = math.ceil(layers * request.num_microbatches)
-    return group.all_reduce_s(layers * tokens * shape.hidden_size * request.item_bytes, calls=calls)
+    num_bytes, calls = layer_exchanges(request)
+    return group.all_reduce_s(num_bytes, calls=calls)
 
 
 def _stages_s(request: PlanRequest, group: Group) -> float:
@@ -318,9 +328,8 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
         processes_per_host=machines.gpus, dropout=job.dropout, random_weights=True,
     )  # fmt: skip
     stages = {"low_level_zero": (1,), "hybrid_parallel": (0, 1)}.get(plugin, (0,))
-    chosen = [(1, 1)]
-    if plugin == "hybrid_parallel":
-        chosen = list(layouts(job.shape, machines.world_size, machines.gpus))
+    is_hybrid = plugin == "hybrid_parallel"
+    chosen = list(layouts(job.shape, machines.world_size, machines.gpus)) if is_hybrid else [(1, 1)]
     for recomputed in (0, job.shape.num_layers):
         for stage in stages:
             for tp, pp in chosen:
@@ -337,8 +346,7 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                 if pp == 1:
                     yield setting
                     continue
-                yield from in_pieces(setting)
-                for chunks in chunk_numbers(job.shape, pp) if job.shape.num_layers % (2 * pp) == 0 else []:
+                for chunks in (1, *chunk_numbers(job.shape, pp)):
                     yield from in_pieces(replace(setting, pp_chunks=chunks))
 
 

@@ -40,8 +40,8 @@ EXCHANGE_SPEED = {
 # Divided layers without a pipeline, whose matrices are small, over whole ones: 1.3b under tp 2, 333.7 ms on two H200
 # (2026-11-28). Pipelines of 13b and 30b under tp 2 are not slower than whole layers.
 DIVIDED_SPEED = 0.845
-# Bus bandwidth of an all-reduce between two GPUs over NVLink, measured; nothing hides those of divided layers.
-LAYER_BYTES_S = 329e9
+# Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
+NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
 # where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most,
@@ -126,7 +126,7 @@ class StepTime:
     Args:
         compute: forward, backward and the GPU's own update.
         recompute: forward of the recomputed layers once more.
-        exchanges: between the GPUs that share a layer.
+        exchanges: between the GPUs that share a layer; nothing hides them.
         bubble: stages of a pipeline wait for the first and the last piece.
         micro_batches: what accumulation adds.
         host: the GPU waits for the host's updates and parameters.
@@ -169,10 +169,10 @@ def step_time(work: Work) -> StepTime:
     flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
     rate = GPU_FLOPS * work.replica_size * _plugin_speed(work)
     sums = (work.pieces * work.micro_batches - 1) * work.num_params * SUM_PARAMETER_S if work.stages > 1 else 0.0
-    forward_backward = work.tokens * flops.model / rate * uneven(work.shape, work.stages) + sums
-    recompute = work.tokens * (flops.hardware - flops.model) / rate * _uneven_recompute(work)
+    forward_backward = work.tokens * flops.model / rate * stage_imbalance(work.shape, work.stages) + sums
+    recompute = work.tokens * (flops.hardware - flops.model) / rate * _recompute_imbalance(work)
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
-    exchanges = work.layer_bytes / LAYER_BYTES_S + work.layer_rounds * LATENCY_S
+    exchanges = work.layer_bytes / NVLINK_BYTES_S[2] + work.layer_rounds * LATENCY_S
     bubble = work.bubble * (forward_backward + recompute + exchanges)
     host = work.host_states * HOST_ADAM_S
     if work.step_in_backward:
@@ -189,12 +189,12 @@ def step_time(work: Work) -> StepTime:
     )
 
 
-def uneven(shape: MatrixShape, stages: int) -> float:
+def stage_imbalance(shape: MatrixShape, stages: int) -> float:
     """Return the work of a pipeline's last stage, which has the output head, over that of an even share."""
     return 1 + (stages - 1) * (1 - shape.layer_matrix_params / shape.matrix_params)
 
 
-def _uneven_recompute(work: Work) -> float:
+def _recompute_imbalance(work: Work) -> float:
     """Return the first stage's recomputed layers over an even share of them: they are the first of the model."""
     if not work.recomputed_layers:
         return 1.0

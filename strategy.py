@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from args import TrainArgs, pipeline_microbatches
+from args import TrainArgs, model_chunks, pipeline_microbatches
 from model import compile_layers, decoder_layers
 from planner import Place, layers_per_graph
 from runtime import Runtime, quiet_colossalai
@@ -487,7 +487,6 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
 
     from colossal_ext.opt_policy import OPTCausalLMPolicy
 
-    interleaved = args.pp > 1 and args.pp_schedule == "interleaved"
     return HybridParallelPlugin(
         tp_size=args.tp,
         pp_size=args.pp,
@@ -497,7 +496,7 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
         initial_scale=INITIAL_LOSS_SCALE,
         num_microbatches=pipeline_microbatches(args) if args.pp > 1 else None,
         pp_style=args.pp_schedule,
-        num_model_chunks=args.num_model_chunks or 2 if interleaved else 1,
+        num_model_chunks=model_chunks(args),
         enable_metadata_cache=not workload.varying_length,
         overlap_p2p=not runtime.on_cpu,  # hangs on gloo
         overlap_communication=not runtime.on_cpu,

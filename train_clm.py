@@ -72,16 +72,14 @@ def print_plan(args: TrainArgs) -> int:
     sizes = [gpu.memory_gib for gpu in hardware.visible_gpus() if gpu.memory_gib]
     gpu_gib = min(sizes, default=args.mem_cap * 1e9 / planner.GIB or (scaling.GPU_GIB if args.gpus else None))
     num_gpus = gpus if gpu_gib else 0
-    if found := problems(args, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
-        print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
-        return 2
     try:
+        if found := problems(args, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
+            raise ConfigError(*found)
         shape, dropout = planned_shape(args)
+        if found := planner.layout_problems(args, args.model_slug, shape):
+            raise ConfigError(*found)
     except ConfigError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    if found := planner.layout_problems(args, args.model_slug, shape):
-        print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
         return 2
     host_gib = None if args.gpus else hardware.host_memory_gib()  # of a machine that is not this one nothing is known
     where = (args, shape, world_size, gpu_gib, host_gib)
@@ -211,9 +209,8 @@ def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
 
     source = model.find_model(args)
     tokenizer = model.load_tokenizer(args, source)
-    choice, args = resolve(args, process, source)
-    if found := model.layout_problems(source, args, process.world_size):
-        raise ConfigError(*found)
+    shape = model.shape_of(source)
+    choice, args = resolve(args, process, source, shape)
     resume = None
     if args.resume_from_checkpoint:
         resume = checkpoint.find(args.resume_from_checkpoint, Path(args.output_dir or ""))
@@ -226,7 +223,7 @@ def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
         max_positions=source.config.max_position_embeddings,
         global_batch_size=args.global_batch_size(process.world_size),
     )
-    return recorder.Job(args, process, source, model.shape_of(source), rows, choice, resume), tokenizer
+    return recorder.Job(args, process, source, shape, rows, choice, resume), tokenizer
 
 
 def export(args: TrainArgs, folder: Path) -> int:
@@ -293,8 +290,12 @@ def _holds_a_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("result.json", "metrics.jsonl", "checkpoints", "final"))
 
 
-def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Choice, TrainArgs]:
-    """Return the planner's choice, and the settings with nothing left to choose."""
+def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: ModelShape) -> tuple[Choice, TrainArgs]:
+    """Return the planner's choice, and the settings with nothing left to choose.
+
+    Raises:
+        ConfigError: ranks could not share the model so, with every reason.
+    """
     import hardware
     import model
     import planner
@@ -302,7 +303,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
 
     choice = planner.resolve_auto(
         args,
-        model.shape_of(source),
+        shape,
         world_size=process.world_size,
         gpu_gib=process.device_memory_gib,
         host_gib=hardware.host_memory_gib(),
@@ -313,21 +314,16 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource) -> tuple[Cho
     default_stage = {"low_level_zero": 1, "hybrid_parallel": 0}.get(choice.plugin)
     args = replace(
         args,
-        plugin=choice.plugin,
-        precision=choice.precision,
-        gradient_checkpointing=str(choice.checkpointed_layers),
-        offload_optim_frac=choice.offload_optim_frac,
-        offload_param_frac=choice.offload_param_frac,
-        step_in_backward="on" if choice.step_in_backward else "off",
-        per_device_train_batch_size=choice.per_device_train_batch_size,
-        gradient_accumulation_steps=choice.gradient_accumulation_steps,
-        tp=choice.tp,
-        pp=choice.pp,
-        pp_schedule=choice.pp_schedule,
-        num_microbatches=choice.num_microbatches,
-        num_model_chunks=choice.num_model_chunks,
-        zero_stage=default_stage if args.zero_stage is None else args.zero_stage,
+        **planner.chosen_flags(choice)
+        | {
+            "precision": choice.precision,
+            "step_in_backward": "on" if choice.step_in_backward else "off",
+            "zero_stage": default_stage if args.zero_stage is None else args.zero_stage,
+        },
     )
+    found = model.layerdrop_problems(source, process.world_size)
+    if found := found + planner.layout_problems(args, source.name, shape):
+        raise ConfigError(*found)
     return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
 
 

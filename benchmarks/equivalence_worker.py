@@ -159,15 +159,15 @@ def prepare(order: Order, process: Runtime, folder: Path) -> Job:
     """Return what train_clm.prepare would, with rows of our own."""
     args = parse_args(order.flags)
     source = UntrainedSource(**vars(model.find_model(args)))
-    found = problems(
+    if found := problems(
         args, world_size=process.world_size, num_gpus=process.num_gpus, gpus_per_node=process.local_world_size
-    )
-    choice, args = train_clm.resolve(args, process, source)
-    if found := found + model.layout_problems(source, args, process.world_size):
+    ):
         raise ConfigError(*found)
+    shape = model.shape_of(source)
+    choice, args = train_clm.resolve(args, process, source, shape)
     rows = {split: FixedRows(texts, split) for split, texts in json.loads((folder / order.texts).read_text()).items()}
     prepared = PreparedData(None if args.eval_only else rows["train"], rows["validation"], "")
-    return Job(args, process, source, model.shape_of(source), prepared, choice)
+    return Job(args, process, source, shape, prepared, choice)
 
 
 def chunk_shares(engine: strategy.Engine) -> list[float]:

@@ -156,7 +156,7 @@ class Case:
 
 
 TP2_PP2 = ("--tp", "2", "--pp", "2")
-INTERLEAVED = ("--pp_schedule", "interleaved")
+INTERLEAVED = ("--pp_schedule", "interleaved", "--num_model_chunks")
 
 
 def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ...]:
@@ -167,7 +167,7 @@ def _scaling_contestants(*, peers: Sequence[Contestant]) -> tuple[Contestant, ..
         _ours("gemini"),
         _ours("hybrid_parallel", "--tp", "2", name="hybrid_tp2", min_gpus=2),
         _ours("hybrid_parallel", *TP2_PP2, name="hybrid_tp2_pp2", min_gpus=4),
-        _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, name="hybrid_interleaved", min_gpus=4),
+        _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, "2", name="hybrid_interleaved", min_gpus=4),
     )
 
 
@@ -179,7 +179,8 @@ GPUS_CONTESTANTS = (
             _deepspeed("deepspeed_zero3", "--stage", "3"),
         )
     ),
-    _ours("hybrid_parallel", "--pp", "4", *INTERLEAVED, name="hybrid_pp4_interleaved", min_gpus=4),
+    _ours("hybrid_parallel", "--pp", "4", *INTERLEAVED, "2", name="hybrid_pp4_interleaved", min_gpus=4),
+    _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, "4", name="hybrid_interleaved_4", min_gpus=4),
 )
 LARGEST_CONTESTANTS = (
     *(each for each in GPUS_CONTESTANTS if each.name not in ("torch_ddp", "low_level_zero")),

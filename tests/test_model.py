@@ -12,7 +12,7 @@ from model import (
     count_targets,
     draw_weights,
     find_model,
-    layout_problems,
+    layerdrop_problems,
     learning_rate,
     load_tokenizer,
     parameter_groups,
@@ -21,6 +21,7 @@ from model import (
     summed_loss,
 )
 from opt_sizes import OPT_SHAPES
+from planner import layout_problems
 
 TINY = TrainArgs(model_name_or_path="tiny", from_scratch=True)
 
@@ -139,7 +140,7 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(real_data):
 
 def test_a_layout_that_does_not_divide_the_model_is_refused():
     args = TrainArgs(model_name_or_path="tiny", plugin="hybrid_parallel", tp=8, pp=5)
-    found = layout_problems(tiny_source(), args, 40)
+    found = layout_problems(args, "tiny", shape_of(tiny_source()))
     assert "--tp 8: must divide tiny's attention heads, 4" in found
     assert "--pp 5: needs at least 5 layers, tiny has 4" in found
 
@@ -149,20 +150,20 @@ def test_only_opt_is_divided_whatever_its_width():
     shape = shape_of(wide)
     assert (shape.num_heads, shape.ffn_width) == (4, 96)
     args = TrainArgs(plugin="hybrid_parallel", tp=2, pp=2, pp_schedule="interleaved", num_model_chunks=3)
-    (problem,) = layout_problems(wide, args, 4)
+    (problem,) = layout_problems(args, wide.name, shape)
     assert problem == "--pp 2 x --num_model_chunks 3: needs at least 6 layers, tiny has 4"
     llama = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     other = replace(tiny_source(), config=llama)
     assert shape_of(other).num_heads == 0
-    assert "split OPT only" in layout_problems(other, args, 4)[0]
+    assert "split OPT only" in layout_problems(args, other.name, shape_of(other))[0]
 
 
 def test_layers_left_out_at_random_are_refused_where_ranks_have_to_agree():
     source = tiny_source()
     source.config.layerdrop = 0.1
-    (problem,) = layout_problems(source, TINY, 2)
+    (problem,) = layerdrop_problems(source, 2)
     assert "layerdrop to 0" in problem
-    assert layout_problems(source, TINY, 1) == layout_problems(tiny_source(), TINY, 2) == []
+    assert layerdrop_problems(source, 1) == layerdrop_problems(tiny_source(), 2) == []
 
 
 def test_the_learning_rate_follows_the_weights(opt_folder):

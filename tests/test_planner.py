@@ -768,7 +768,7 @@ def test_every_choice_is_accepted_by_the_argument_checks() -> None:
     for size in ("tiny", "350m", "6.7b", "175b"):
         for mem_cap in (0.0, 8.0, 24.0):
             choice = choose(size, mem_cap=mem_cap)
-            args = TrainArgs(precision=choice.precision, **planner._chosen_flags(choice))
+            args = TrainArgs(precision=choice.precision, **planner.chosen_flags(choice))
             assert problems(args, world_size=1, num_gpus=1, gpus_per_node=1) == []
 
 

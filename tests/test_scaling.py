@@ -134,15 +134,15 @@ def test_a_pipeline_without_communication_is_idle_for_p_minus_1_of_m_plus_p_minu
 def test_auto_counts_the_exchanges_of_divided_layers_as_this_table_does(changes):
     setting = request("hybrid_parallel", 4, tp=2, batch_size=32, **changes)
     work = planner.work(setting)
-    seconds = work.layer_bytes / speed.LAYER_BYTES_S + work.layer_rounds * speed.LATENCY_S
+    seconds = work.layer_bytes / NVLINK_BYTES_S[2] + work.layer_rounds * speed.LATENCY_S
     assert seconds == pytest.approx(predict(setting, Machines(4)).step.layers)
 
 
-def test_a_pipeline_is_as_slow_as_the_stage_with_the_head_and_adds_up_its_pieces(monkeypatch):
+def test_a_pipeline_is_as_slow_as_the_stage_with_the_head_and_adds_up_its_pieces():
     shape = model_shape(OPT_SHAPES["13b"])
     head = shape.matrix_params - shape.layer_matrix_params
     stage = shape.layer_matrix_params / 4
-    assert scaling.uneven(shape, 4) == pytest.approx((stage + head) / (shape.matrix_params / 4))
+    assert scaling.stage_imbalance(shape, 4) == pytest.approx((stage + head) / (shape.matrix_params / 4))
     few, many = (
         predict(request("hybrid_parallel", 4, shape=shape, pp=4, num_microbatches=number, batch_size=16), Machines(4))
         for number in (4, 16)
