@@ -1,6 +1,6 @@
 """Ours and other ways to train the same model, in turn on the same devices, and the table of their speeds with ratios.
 
-    python -m benchmarks.side_by_side --case speed        # one GPU: every plugin and every peer, 125m and 1.3b
+    python -m benchmarks.side_by_side --case speed        # one GPU: every plugin and every peer, 125m, 1.3b and 6.7b
     python -m benchmarks.side_by_side --case offload      # one GPU under a memory cap: DeepSpeed's ZeRO-Offload and ours
     python -m benchmarks.side_by_side --case gpus         # 1, 2, 4, ... GPUs of a machine: every plugin, FSDP2, DeepSpeed
     python -m benchmarks.side_by_side --case cpu          # a few minutes on two cores: `tiny`
@@ -200,7 +200,9 @@ SPEED_CONTESTANTS = (
 CASES = {
     "speed": Case(
         "plain_compile",
-        tuple(Entry(Setting(*size), SPEED_CONTESTANTS) for size in (("125m", 32), ("1.3b", 8), ("6.7b", 4))),
+        tuple(
+            Entry(Setting(*size), SPEED_CONTESTANTS) for size in (("125m", 8), ("125m", 32), ("1.3b", 8), ("6.7b", 4))
+        ),
         num_workers=2,
         device_init=True,
         needs_gb={"6.7b": 130},  # 16 bytes a parameter, and activations
@@ -304,18 +306,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run in progress on the way out
     done = read_outcomes(folder / "table.json")
     for entry, contestant, round_ in planned(entries, options.rounds):
-        recomputed = "-recompute" if entry.setting.recompute else ""
-        stem = f"{entry.setting.model}{recomputed}-{entry.setting.gpus}-{contestant.name}"
-        command = command_of(contestant, entry.setting, case, options, folder / "runs" / stem)
-        key = (str(entry.setting), contestant.name, round_)
+        setting = entry.setting
+        recomputed = "-recompute" if setting.recompute else ""
+        stem = f"{setting.model}-{setting.batch_size}{recomputed}-{setting.gpus}-{contestant.name}"
+        command = command_of(contestant, setting, case, options, folder / "runs" / stem)
+        key = (str(setting), contestant.name, round_)
         if any(_key(each) == key and each.status == "ok" and each.command == command for each in done):
             continue
-        print(f"{entry.setting}: {contestant.name}, round {round_}", file=sys.stderr, flush=True)
+        print(f"{setting}: {contestant.name}, round {round_}", file=sys.stderr, flush=True)
         log = folder / "logs" / f"{stem}-{round_}.txt"
-        outcome = run(command, log, limit_s=options.limit_seconds, gpus=entry.setting.gpus)
-        alone = str(replace(entry.setting, gpus=1))
+        outcome = run(command, log, limit_s=options.limit_seconds, gpus=setting.gpus)
+        alone = str(replace(setting, gpus=1))
         outcome = replace(outcome, setting=key[0], name=contestant.name, is_ours=contestant.peer is None, round=round_)
-        outcome = replace(outcome, gpus=entry.setting.gpus, alone=alone)
+        outcome = replace(outcome, gpus=setting.gpus, alone=alone)
         print(f"  {_line(outcome)}", file=sys.stderr, flush=True)
         done = [each for each in done if _key(each) != key] + [outcome]
         write(folder, done, baseline)

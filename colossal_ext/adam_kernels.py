@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from colossalai.kernel.extensions.base_extension import _Extension
@@ -15,10 +15,15 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader,
 from colossalai.nn.optimizer import HybridAdam
 from colossalai.zero.gemini import gemini_optimizer
 
+if TYPE_CHECKING:
+    from .triton_adam import TritonAdam
+
 # Elements that a thread upcasts at a time: 256 KiB of fp32, which stay in its second-level cache.
 BLOCK_NUMEL_PER_THREAD = 1 << 16
 # Returns a parameter's gradient, and where the updated parameter goes as well.
 GradAndCopies = Callable[[torch.Tensor], tuple[torch.Tensor | None, Sequence[torch.Tensor]]]
+# A parameter's gradient, the parameter, its moments and where there is one the copy.
+Row = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -69,36 +74,35 @@ class AdamTensors:
     copies: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
-    def empty(cls) -> AdamTensors:
-        return cls([], [], [], [])
-
-    def append(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Add a row of four tensors, or of five with the copy."""
-        for column, tensor in zip((*self._states, self.copies), tensors, strict=False):
-            column.append(tensor)
+    def of(cls, rows: Sequence[Row]) -> AdamTensors:
+        """Return the columns of rows, all of four tensors or all of five."""
+        return cls(*map(list, zip(*rows, strict=True))) if rows else cls([], [], [], [])
 
     @property
     def columns(self) -> tuple[list[torch.Tensor], ...]:
-        return (*self._states, self.copies) if self.copies else self._states
+        states = self.grads, self.params, self.exp_avgs, self.exp_avg_sqs
+        return (*states, self.copies) if self.copies else states
 
-    @property
-    def _states(self) -> tuple[list[torch.Tensor], ...]:
-        return self.grads, self.params, self.exp_avgs, self.exp_avg_sqs
-
-    def rows(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def rows(self) -> Iterator[Row]:
         return zip(*self.columns, strict=True)
 
-    def split(self, wanted: Callable[[tuple[torch.Tensor, ...]], bool]) -> tuple[AdamTensors, AdamTensors]:
-        """Return the rows that are wanted, and the others."""
-        parts = AdamTensors.empty(), AdamTensors.empty()
+    def for_torch(self, settings: AdamSettings) -> tuple[AdamTensors, AdamTensors]:
+        """Return the rows that torch's kernel can take as they are, and the others.
+
+        It reads memory in order, whatever the strides, and writes divided gradients back.
+        """
+        if self.copies or settings.scales_gradients:
+            return AdamTensors.of(()), self
+        if _are_plain(tensor for column in self.columns for tensor in column):
+            return self, AdamTensors.of(())
+        plain, others = list[Row](), list[Row]()
         for row in self.rows():
-            parts[0 if wanted(row) else 1].append(row)
-        return parts
+            (plain if _are_plain(row) else others).append(row)
+        return AdamTensors.of(plain), AdamTensors.of(others)
 
 
-def plain_fp32(row: tuple[torch.Tensor, ...]) -> bool:
-    """Return whether torch's kernel can take the row as it is: it reads memory in order, whatever the strides."""
-    return len(row) == 4 and all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in row)
+def _are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in tensors)
 
 
 def torch_fused_adam(tensors: AdamTensors, settings: AdamSettings, grad_scale: torch.Tensor | None = None) -> None:
@@ -143,7 +147,7 @@ class HostAdam:
 
     def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
         """Update parameters and states in place."""
-        direct, rest = tensors.split(lambda row: plain_fp32(row) and not settings.scales_gradients)
+        direct, rest = tensors.for_torch(settings)
         torch_fused_adam(direct, settings)
         scale = settings.divisor(torch.device("cpu")) if settings.scales_gradients else None
         for row in rest.rows():
@@ -170,14 +174,14 @@ class HostAdam:
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a 1-D view.
+    """Return a 1-D view, or the tensor itself.
 
     Raises:
         ValueError: the tensor is not contiguous, so that a copy would be updated instead.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"Adam needs contiguous tensors, got shape {tuple(tensor.shape)} strides {tensor.stride()}")
-    return tensor.view(-1)
+    return tensor if tensor.ndim == 1 else tensor.view(-1)
 
 
 class CPUAdamOptimizer:
@@ -240,18 +244,29 @@ def multi_tensor_adam(
     settings = AdamSettings(
         step, lr, beta1, beta2, eps, weight_decay, mode == 1, bool(bias_correction), float(div_scale)
     )
-    update_device(AdamTensors(*tensor_lists), settings)
+    DeviceAdam().update(AdamTensors(*tensor_lists), settings)
 
 
-def update_device(tensors: AdamTensors, settings: AdamSettings) -> None:
-    """Update CUDA parameters and their states in place; nothing waits for the device."""
-    # Torch's kernel writes divided gradients back; ours does not.
-    direct, rest = tensors.split(lambda row: plain_fp32(row) and not settings.scales_gradients)
-    torch_fused_adam(direct, settings)
-    if rest.params:
-        from . import triton_adam  # CPU-only torch has no Triton
+class DeviceAdam:
+    """Adam for CUDA tensors, in any mix of fp32, bf16 and fp16: a few launches for any number of them.
 
-        triton_adam.update(rest, settings)
+    Gradients are not modified, and nothing waits for the device. What a launch needs of its tensors is kept and used
+    again while they stay where they are, as they do from step to step.
+    """
+
+    def __init__(self) -> None:
+        self._triton: TritonAdam | None = None
+
+    def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
+        """Update parameters and states in place."""
+        direct, rest = tensors.for_torch(settings)
+        torch_fused_adam(direct, settings)
+        if rest.params:
+            if self._triton is None:
+                from .triton_adam import TritonAdam  # CPU-only torch has no Triton
+
+                self._triton = TritonAdam()
+            self._triton.update(rest, settings)
 
 
 class _CompileFreeExtension(_Extension):
@@ -313,6 +328,7 @@ class CompileFreeAdam(HybridAdam):
     def __init__(self, model_params: Any, *args: Any, **kwargs: Any) -> None:
         register_adam_kernels()
         super().__init__(model_params, *args, **kwargs)
+        self._device_adam = DeviceAdam()
         if self.offloader is not None:
             raise ValueError("nvme_offload_fraction: CompileFreeAdam keeps its states in memory")
 
@@ -344,19 +360,19 @@ class CompileFreeAdam(HybridAdam):
 
     def update(self, on_host: bool, tensors: AdamTensors, settings: AdamSettings) -> None:
         """Update parameters and states in place, all on the host or all on the device."""
-        (self.cpu_adam_op.update if on_host else update_device)(tensors, settings)
+        (self.cpu_adam_op if on_host else self._device_adam).update(tensors, settings)
 
     def _batches(self, group: dict[str, Any], grad_and_copies: GradAndCopies) -> dict[tuple[bool, int], AdamTensors]:
         """Return the group's tensors by (on the host?, step number)."""
-        batches: dict[tuple[bool, int], AdamTensors] = defaultdict(AdamTensors.empty)
+        rows: dict[tuple[bool, int], list[Row]] = defaultdict(list)
         for param in group["params"]:
             grad, copies = grad_and_copies(param)
             if grad is None:
                 continue
             state = self.advanced_state(param)
-            key = (param.device.type == "cpu", int(state["step"]))
-            batches[key].append((grad.data, param.data, state["exp_avg"], state["exp_avg_sq"], *copies))
-        return batches
+            row = (grad.data, param.data, state["exp_avg"], state["exp_avg_sq"], *copies)
+            rows[param.is_cpu, int(state["step"])].append(row)
+        return {key: AdamTensors.of(batch) for key, batch in rows.items()}
 
     def advanced_state(self, param: torch.Tensor) -> dict[str, Any]:
         """Return the parameter's moments, made where there are none yet, after counting an update."""

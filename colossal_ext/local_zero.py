@@ -24,7 +24,7 @@ from colossalai.booster.plugin.low_level_zero_plugin import LowLevelZeroModel
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch import Tensor, nn
 
-from .adam_kernels import AdamTensors, CompileFreeAdam
+from .adam_kernels import AdamTensors, CompileFreeAdam, Row, flat
 from .grad_norm import clipping_divisor, global_norm
 from .host_updates import HostUpdate, HostUpdates
 from .pinned import pinned_empty
@@ -157,7 +157,7 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         if masters.on_host:
             largest = max(masters[parameter].numel() for parameter in masters.on_host)
             self._host = HostUpdates(get_accelerator().get_current_device(), largest_numel=largest)
-        self._pending: dict[tuple[int, int], AdamTensors] = defaultdict(AdamTensors.empty)
+        self._pending: dict[tuple[int, int], list[Row]] = defaultdict(list)
         self._pending_numel = 0
         self._attach_hooks()
 
@@ -286,8 +286,8 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
     def _update(self, parameter: nn.Parameter, div_scale: float | Tensor) -> None:
         """Hand one parameter and its gradient to the host, or to the next launch on the device."""
         assert parameter.grad is not None, "only parameters with a gradient are updated"
-        grad, parameter.grad = parameter.grad.contiguous().view(-1), None
-        master, working = self._masters[parameter], parameter.data.view(-1)
+        grad, parameter.grad = flat(parameter.grad.contiguous()), None
+        master, working = self._masters[parameter], flat(parameter.data)
         state = self.optim.advanced_state(master)
         states = master, state["exp_avg"], state["exp_avg_sq"]
         on_host = parameter in self._masters.on_host
@@ -324,9 +324,9 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
 
     def _flush(self, div_scale: float | Tensor) -> None:
         """Update the collected parameters."""
-        for (number, step), tensors in self._pending.items():
-            on_host = tensors.params[0].device.type == "cpu"
-            self.optim.update(on_host, tensors, self.optim.settings(self.optim.param_groups[number], step, div_scale))
+        for (number, step), rows in self._pending.items():
+            settings = self.optim.settings(self.optim.param_groups[number], step, div_scale)
+            self.optim.update(rows[0][1].is_cpu, AdamTensors.of(rows), settings)
         self._pending.clear()
         self._pending_numel = 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from .adam_kernels import AdamSettings, AdamTensors
+    from .adam_kernels import AdamSettings, AdamTensors, Row
 
 # Elements of one program: large tensors are cut into this many, each a row of the table.
 CHUNK_NUMEL = 1 << 16
@@ -27,8 +28,6 @@ ALIGNMENT = 16
 COLUMNS = 6
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-Row = tuple[torch.Tensor, ...]
 
 
 @triton.jit
@@ -112,30 +111,85 @@ def adam_kernel(  # type: ignore[no-untyped-def]
                 tl.store(copies + offset, param32.to(COPY), mask=mask)
 
 
-def update(tensors: AdamTensors, settings: AdamSettings) -> None:
-    """Update CUDA parameters and states in place; gradients are not modified. Does not block on the device.
+@dataclass(frozen=True)
+class Launch:
+    """What the kernel is told of tensors of the same dtypes.
 
-    One launch for each combination of dtypes and alignment: one or two in training.
+    Args:
+        table: `chunk_table`, on the device.
+        kinds: Triton's dtypes of the five columns, the last None without copies.
+        aligned: whether every address is a multiple of ALIGNMENT.
+    """
+
+    table: torch.Tensor
+    kinds: tuple[Any, ...]
+    aligned: bool
+
+    def run(self, settings: AdamSettings) -> None:
+        device = self.table.device
+        with _on(device):
+            adam_kernel[(len(self.table),)](
+                self.table,
+                *kernel_scalars(settings),
+                settings.divisor(device) if settings.scales_gradients else self.table,
+                *self.kinds,
+                SCALED=settings.scales_gradients,
+                ALIGNED=self.aligned,
+                CHUNK=CHUNK_NUMEL,
+                BLOCK=BLOCK_NUMEL,
+            )
+
+
+class TritonAdam:
+    """Updates any number of tensors; launches are kept for tensors that stay where they are."""
+
+    def __init__(self) -> None:
+        # By the address of the first parameter: of what begins with it the last layout, and its launches.
+        self._kept: dict[int, tuple[list[Any], list[Launch]]] = {}
+
+    def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
+        """Update CUDA parameters and states in place; gradients are not modified. Does not block on the device.
+
+        One launch for each combination of dtypes and alignment: one or two in training.
+        """
+        layout, first = layout_of(tensors), tensors.params[0].data_ptr()
+        kept, launches = self._kept.get(first, (None, []))
+        if layout != kept:
+            launches = launches_of(tensors)
+            self._kept[first] = layout, launches
+        for launch in launches:
+            launch.run(settings)
+
+
+def layout_of(tensors: AdamTensors) -> list[Any]:
+    """Return all that launches depend on: where each tensor is, how large, of which dtype, and whether it has gaps."""
+    every = [tensor for column in tensors.columns for tensor in column]
+    return [
+        [tensor.data_ptr() for tensor in every],
+        [tensor.dtype for tensor in every],
+        [tensor.is_contiguous() for tensor in every],
+        [param.numel() for param in tensors.params],
+        tensors.params[0].device,
+    ]
+
+
+def launches_of(tensors: AdamTensors) -> list[Launch]:
+    """Return the launches that update these tensors.
+
+    Raises:
+        ValueError: a tensor has gaps or another dtype.
     """
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in tensors.rows():
         groups[_key(row)].append(row)
+    launches = []
     for (device, dtypes, aligned), rows in groups.items():
         # Pinned, so that the copy does not wait for the backward pass.
         host = torch.from_numpy(chunk_table(rows))
         table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         kinds = [TRITON_DTYPES[dtype] for dtype in dtypes]
-        with _on(device):
-            adam_kernel[(len(table),)](
-                table,
-                *kernel_scalars(settings),
-                settings.divisor(device),
-                *(kinds if len(kinds) == 5 else [*kinds, None]),
-                SCALED=settings.scales_gradients,
-                ALIGNED=aligned,
-                CHUNK=CHUNK_NUMEL,
-                BLOCK=BLOCK_NUMEL,
-            )
+        launches.append(Launch(table, (*kinds, *[None] * (5 - len(kinds))), aligned))
+    return launches
 
 
 def _key(row: Row) -> tuple[torch.device, tuple[torch.dtype, ...], bool]:

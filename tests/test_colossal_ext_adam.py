@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lean way
 
@@ -126,6 +128,18 @@ def test_gradients_are_left_as_they_were(grad_dtype: torch.dtype) -> None:
     assert torch.equal(grad, torch.full((5,), 2.0, dtype=grad_dtype))
 
 
+def test_rows_that_torch_can_take_are_parted_from_the_others() -> None:
+    plain = tuple(torch.zeros(2) for _ in range(4))
+    mixed, gaps = (torch.zeros(2, dtype=BF16), *plain[1:]), (torch.zeros(4)[::2], *plain[1:])
+    settings = kernels.AdamSettings(step=1, lr=1.0, beta1=0.9, beta2=0.9, eps=1.0, weight_decay=0.0)
+    direct, rest = kernels.AdamTensors.of([plain, mixed, gaps]).for_torch(settings)
+    assert [list(map(id, row)) for row in direct.rows()] == [list(map(id, plain))]
+    assert [list(map(id, row)) for row in rest.rows()] == [list(map(id, row)) for row in (mixed, gaps)]
+    divided, copied = replace(settings, div_scale=2.0), [(*plain, torch.zeros(2))]
+    assert not kernels.AdamTensors.of([plain]).for_torch(divided)[0].params
+    assert not kernels.AdamTensors.of(copied).for_torch(settings)[0].params
+
+
 def test_a_parameter_longer_than_a_block_is_updated_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_NUMEL_PER_THREAD", 1000)
     assert_close(run_ours(FP32, BF16, -1.0), run_reference(FP32, BF16, -1.0))
@@ -245,6 +259,26 @@ def test_gpu_step_of_many_parameters_takes_few_launches() -> None:
         optimizer.step()
         torch.cuda.synchronize()
     assert sum(event.count for event in profile.key_averages() if "adam" in event.key) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_launches_are_kept_until_a_tensor_moves_or_its_dtype_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from colossal_ext import triton_adam
+
+    launches_of = Mock(side_effect=triton_adam.launches_of)
+    monkeypatch.setattr(triton_adam, "launches_of", launches_of)
+    first, second = (torch.full((3000,), value, device="cuda", dtype=BF16) for value in (1.0, -2.0))
+    gradients = [(first, 1), (first, 1), (second, 2), (second.view(FP16), 3), (first, 4)]
+    found, wanted = (nn.Parameter(torch.ones(3000, device=device)) for device in ("cuda", "cpu"))
+    optimizers = [kernels.CompileFreeAdam([parameter], **OPTIONS) for parameter in (found, wanted)]
+    for grad, num_made in gradients:
+        set_gradient(found, grad)
+        set_gradient(wanted, grad.cpu())
+        for optimizer in optimizers:
+            optimizer.step()
+        assert launches_of.call_count == num_made
+    assert_close([found], [wanted])
 
 
 @pytest.mark.gpu

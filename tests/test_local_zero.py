@@ -90,7 +90,7 @@ def test_gradients_are_collected_for_a_launch(monkeypatch, in_backward, launches
     adam = SimpleNamespace(param_groups=[None], settings=lambda *_: SETTINGS)
     adam.update = lambda on_host, tensors, settings: sizes.append(len(tensors.params))
     optimizer.__dict__.update(optim=adam, grad_handles=[], _updates_in_backward=in_backward, _pending_numel=0)
-    optimizer._pending = defaultdict(AdamTensors.empty)
+    optimizer._pending = defaultdict(list)
     for _ in range(3):
         states = torch.zeros(4), torch.zeros(4), torch.zeros(4)
         optimizer._submit((0, 1), torch.ones(4), states, torch.zeros(4), 1.0, on_host=False)
