@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -272,20 +272,25 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_layers(model: Any) -> None:
-    """Compile each decoder layer and the loss in place, so that parameter names stay.
+def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None) -> None:
+    """Compile the decoder layers and the loss in place, so that parameter names stay.
 
     One graph serves all layers. Compiled as a whole the model is slower (125m, batch 32, one H100: 411k instead of
     470k tokens/s), holds the logits twice, and gives no gradient away before all of them are there.
+
+    Args:
+        groups: layers that share a call, each group of one size a graph; off: none do.
     """
+    from colossal_ext.layer_groups import compile_together
+
     # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run. Nor are
     # matrix products padded then, of which those of OPT need none.
     torch._inductor.config.deterministic = True
     # Tensor-parallel ranks make weights' gradients while they add up those of a layer's input.
     torch._inductor.config.reorder_for_compute_comm_overlap = True
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
-    for layer in decoder_layers(model):
-        layer.compile()
+    for group in groups or [(layer,) for layer in decoder_layers(model)]:
+        compile_together(group)
     model.loss_function = torch.compile(model.loss_function)
 
 

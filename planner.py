@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from args import TrainArgs, microbatch_choices, microbatch_numbers, model_chunks, pipeline_microbatches, problems
 from opt_sizes import OPTShape
-from speed import StepTime, Work, step_time
+from speed import GPU_FLOPS, StepTime, Work, step_time
 
 GIB = 2**30
 
@@ -59,8 +59,11 @@ EXCHANGES = 3
 BUCKETS = 8  # of a small model an exchange has at least this share of the parameters
 SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
-# colossal_ext/opt_policy.py: layers of a pipeline's graph, and their gradients, at most.
+# colossal_ext/layer_groups.py: layers of a pipeline's graph, and their gradients, at most.
 GRAPH_LAYERS, GRAPH_BYTES = 5, 2**30
+# Without a pipeline: layers of a graph at most, which divides the depth of every OPT but 66b's, and the GPU's seconds for
+# forward and backward of a layer up to which they share one. A busy host takes 2 to 4 ms to launch them.
+SMALL_GRAPH_LAYERS, SMALL_LAYER_S = 4, 3e-3
 
 Place = Literal["device", "host", "cast"]
 
@@ -364,6 +367,16 @@ def layers_per_graph(layer_bytes: int) -> int:
         layer_bytes: gradients of a layer on one GPU.
     """
     return max(1, min(GRAPH_LAYERS, GRAPH_BYTES // max(1, layer_bytes)))
+
+
+def small_layers_per_graph(layer_params: int, tokens: int) -> int:
+    """Return how many layers are compiled at a time without a pipeline: some where the GPU would wait for the host.
+
+    Args:
+        layer_params: of one layer on one GPU.
+        tokens: of a micro-batch that pass through it.
+    """
+    return SMALL_GRAPH_LAYERS if 6 * layer_params * tokens / GPU_FLOPS < SMALL_LAYER_S else 1
 
 
 def stage_params(request: PlanRequest) -> int:

@@ -90,6 +90,7 @@ class HostUpdates:
         """Start the thread. Its Adam uses torch's number of threads, less those that feed a GPU.
 
         Args:
+            device: a GPU with its index.
             largest_numel: elements of the largest parameter; no buffer needs to be larger.
         """
         self._device, self._on_gpu = device, device.type == "cuda"
@@ -169,10 +170,13 @@ class HostUpdates:
         self._unawaited.clear()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # of this thread, as is the device
-        if self._on_gpu:
-            torch.cuda.set_device(self._device)
         adam = HostAdam()
+        try:
+            torch.set_num_threads(self._num_threads)  # of this thread, as is the device
+            if self._on_gpu:
+                torch.cuda.set_device(self._device)
+        except BaseException as error:
+            self._error = error
         while (piece := self._next()) is not None:
             try:
                 if self._error is None:

@@ -9,7 +9,7 @@ update can start while the backward pass goes on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -181,24 +181,25 @@ class LocalZeroOptimizer(LowLevelZeroOptimizer):
         for parameter in self._group_of:
             self.grad_handles.append(parameter.register_post_accumulate_grad_hook(update))
 
-    def defer_updates(self, model: nn.Module, layers: Iterable[Any]) -> None:
-        """Let `step` return before every update is made, and each layer wait for its own parameters before it runs.
+    def defer_updates(self, model: nn.Module, groups: Iterable[Sequence[Any]]) -> None:
+        """Let `step` return before every update is made, and layers wait for their own parameters before they run.
 
         Whoever reads weights or states otherwise has to call `settle` first.
 
         Args:
             model: transformers' own; waits for what belongs to none of the layers, at the start of its forward pass.
-            layers: called in the order of the forward pass. To be compiled before, not after.
+            groups: layers in the order of the forward pass; the first of each waits for all of them. To be compiled
+                before, not after.
         """
         optimizer, rest = proxy(self), set(self._late_parameters())
 
         def wait_for(parameters: Iterable[nn.Parameter], *_: Any) -> None:
             optimizer.wait_for(parameters)
 
-        for layer in layers:
-            own = [parameter for parameter in layer.parameters() if parameter in rest]
+        for group in groups:
+            own = [parameter for layer in group for parameter in layer.parameters() if parameter in rest]
             rest.difference_update(own)
-            _call_before(layer, partial(wait_for, own))
+            _call_before(group[0], partial(wait_for, own))
         model.register_forward_pre_hook(partial(wait_for, rest))
         self._outside_layers, self._defers = rest, True
 

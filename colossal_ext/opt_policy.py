@@ -6,8 +6,6 @@ are replaced by sharded ones. ColossalAI's own OPT policy imports classes that t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoder, OPTDecoderLayer
 
+from .layer_groups import LayerGroups
 from .parallel_linear import (
     ColumnParallelLinear,
     CopyingColumnParallelLinear,
@@ -252,44 +251,6 @@ def _layer_arguments(decoder: OPTDecoder, hidden_states: Tensor) -> dict[str, An
         config=decoder.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
     )
     return {"attention_mask": causal_mask, "position_ids": _position_ids(hidden_states)}
-
-
-class LayerGroups:
-    """Runs layers one after the other, some of them in one graph.
-
-    In a pipeline the host launches every layer for each micro-batch, and what it does around a graph takes it as long as
-    the launches in it. Layers that are recomputed have a graph each, if they are compiled.
-
-    Args:
-        size: layers of a graph at most; 1: no graph, but those of layers that are compiled each by itself.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._run_graph = torch.compile(_run_layers) if size > 1 else _run_layers
-
-    def __call__(self, layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
-        """Return the last layer's output of `hidden_states`, (B, T, H), each getting `arguments` as well."""
-        for is_recomputed, part in itertools.groupby(layers, key=lambda layer: layer.gradient_checkpointing):
-            if is_recomputed:
-                hidden_states = _run_layers(tuple(part), hidden_states, **arguments)
-                continue
-            for group in _in_groups(tuple(part), self.size):
-                hidden_states = self._run_graph(group, hidden_states, **arguments)
-        return hidden_states
-
-
-def _in_groups(layers: tuple[Any, ...], most: int) -> Iterator[tuple[Any, ...]]:
-    """Yield groups of nearly one size: those of the same share their graph."""
-    size = -(-len(layers) // -(-len(layers) // most))
-    for start in range(0, len(layers), size):
-        yield layers[start : start + size]
-
-
-def _run_layers(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
-    for layer in layers:
-        hidden_states = layer(hidden_states, **arguments)
-    return hidden_states
 
 
 def _head(model: OPTForCausalLM, hidden_states: Tensor, labels: Tensor | None) -> CausalLMOutputWithPast:

@@ -77,7 +77,7 @@ class Boosted:
         plugin = ShardedZeroPlugin(**{"stage": 1, "precision": precision, "max_norm": 0.0, **options})
         self.booster = Booster(plugin=plugin)
         self.model, self.optimizer, *_ = self.booster.boost(self.plain, optimizer)
-        self.optimizer.defer_updates(self.plain, self.plain.layers)
+        self.optimizer.defer_updates(self.plain, [(layer,) for layer in self.plain.layers])
 
     def forward(self, batch: Tensor, skipped: Skipped = ()) -> Tensor:
         own = batch[2 * self.rank : 2 * self.rank + 2].to(self.dtype)

@@ -106,7 +106,7 @@ def test_a_parameter_larger_than_a_buffer_is_updated_piece_by_piece(monkeypatch)
 @pytest.mark.gpu
 def test_gradients_and_parameters_cross_to_a_gpu_and_back_unchanged(monkeypatch):
     monkeypatch.setattr("colossal_ext.host_updates.SLOT_NUMEL", 64)
-    assert_updated_as_by_the_kernel(torch.device("cuda"), pinned_empty)
+    assert_updated_as_by_the_kernel(torch.device("cuda", 0), pinned_empty)
 
 
 @pytest.mark.gpu
@@ -192,7 +192,7 @@ def test_each_layer_waits_for_what_the_host_updates_of_it_and_the_model_for_the_
     optimizer.grad_handles = []
     on_host = {model.embedding.weight, model.layers[1].weight}  # vectors stay on the device, and so do first layers
     optimizer._masters = SimpleNamespace(on_host=on_host)
-    optimizer.defer_updates(model, model.layers)
+    optimizer.defer_updates(model, [(layer,) for layer in model.layers])
     model(torch.ones(1, 2))
     assert waited == [["embedding.weight"], [], ["layers.1.weight"]]
 
@@ -216,6 +216,17 @@ def submitted(settings: AdamSettings | None, master: torch.Tensor | None = None)
 
 def test_a_failed_update_is_raised_where_it_is_waited_for():
     updates = submitted(None)
+    with pytest.raises(RuntimeError, match="Adam on the host failed"):
+        updates.finish()
+    updates.close()
+
+
+def test_a_thread_that_cannot_start_is_not_waited_for(monkeypatch):
+    def fail(_):
+        raise ValueError("no such device")
+
+    monkeypatch.setattr("colossal_ext.host_updates.torch.set_num_threads", fail)
+    updates = submitted(SETTINGS)
     with pytest.raises(RuntimeError, match="Adam on the host failed"):
         updates.finish()
     updates.close()
