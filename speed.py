@@ -23,8 +23,9 @@ PLUGIN_SPEED = {
     "gemini": 0.961,
     "torch_ddp_fp16": 0.861,
 }
-# low_level_zero and gemini in fp16 or fp32, or on a CPU. Estimate.
-OTHER_ZERO_SPEED = 0.8
+# low_level_zero and gemini in fp16 or fp32, or on a CPU; and their launches: in fp16 the host waits to hear of overflows.
+# Estimates.
+OTHER_ZERO_SPEED, OTHER_ZERO_LAUNCHES = 0.8, 1.4
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200. torch_ddp and low_level_zero in
 # one call (2026-11-28), without the update 138.0 ms a step to 125.1 and 130.6 to 119.8; gemini so that with the update it
 # takes what it took beside torch_ddp in another (2026-11-27), 193,136 to 211,190 tokens/s;
@@ -44,15 +45,18 @@ DIVIDED_SPEED = 0.845
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
-# where that is the limit (2026-11-27, README, results); gemini's, faster since, is what batch 32 leaves it at most,
-# hybrid_parallel's is from before it had a step of its own. Half as much more on another host.
+# where that is the limit, four layers a graph but for gemini, means of two calls (2026-11-28, benchmarks/results/gpus.md);
+# hybrid_parallel's by its ratio to low_level_zero's in one of them, torch_ddp_fp16's by that to torch_ddp's the day before.
+# Up to twice as much on another host.
 LAUNCH_S = {
-    "torch_ddp": 2.2e-3,
-    "torch_ddp_fp16": 2.8e-3,
-    "low_level_zero": 3.5e-3,
-    "hybrid_parallel": 4.7e-3,
-    "gemini": 5.5e-3,
+    "torch_ddp": 1.9e-3,
+    "torch_ddp_fp16": 2.4e-3,
+    "low_level_zero": 1.84e-3,
+    "hybrid_parallel": 1.74e-3,
+    "gemini": 3.6e-3,
 }
+# The same on several GPUs, over torch_ddp's: 1.3b, batch 1 x 1024, on four H200 (2026-11-27), 95.5 ms a step to 76.8.
+EXCHANGE_LAUNCHES = {"low_level_zero": 1.24 * LAUNCH_S["torch_ddp"] / LAUNCH_S["low_level_zero"]}
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
 # compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
 # which is not measured.
@@ -209,14 +213,19 @@ def _launch_s(work: Work) -> float:
         return 0.0
     layers = work.micro_batches * work.shape.num_layers
     if work.stages == 1:
-        return layers * LAUNCH_S[work.plugin]
+        factor = EXCHANGE_LAUNCHES.get(work.plugin, 1.0) if work.exchanges else 1.0
+        return layers * LAUNCH_S[work.plugin] * factor * (OTHER_ZERO_LAUNCHES if _is_other_zero(work) else 1.0)
     layer_s = COMPILED_LAYER_S if work.compiled else EAGER_LAYER_S
     return layers / work.stages * work.pieces * layer_s * (1 + work.bubble)
 
 
+def _is_other_zero(work: Work) -> bool:
+    return work.plugin in ("low_level_zero", "gemini") and not work.at_best
+
+
 def _plugin_speed(work: Work) -> float:
     factor = PLUGIN_SPEED[work.plugin]
-    if work.plugin in ("low_level_zero", "gemini") and not work.at_best:
+    if _is_other_zero(work):
         factor *= OTHER_ZERO_SPEED
     if work.exchanges:
         factor *= EXCHANGE_SPEED[work.plugin]

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from colossal_ext import opt_policy
+from colossal_ext.layer_groups import LayerGroups
 
 TINY = {
     "vocab_size": 512,
@@ -109,7 +110,7 @@ class OneStage:
 WHOLE_MODEL: dict[str, Any] = {
     "stage_manager": OneStage(),
     "stage_index": (0, 4),
-    "run_layers": opt_policy.LayerGroups(1),
+    "run_layers": LayerGroups(1),
 }
 
 
@@ -139,49 +140,6 @@ def test_stage_forward_refuses_an_attention_mask() -> None:
     ones = torch.ones(1, 4).long()
     with pytest.raises(ValueError, match="attention_mask"):
         opt_policy.stage_forward(model, ones, attention_mask=ones, **WHOLE_MODEL)
-
-
-class Layer(torch.nn.Module):
-    """Multiplies, and adds the positions."""
-
-    def __init__(self, factor: float, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.factor, self.gradient_checkpointing = factor, gradient_checkpointing
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        return hidden_states * self.factor + arguments["position_ids"]
-
-
-def groups_of(monkeypatch: pytest.MonkeyPatch, size: int, layers: list[Layer]) -> tuple[list[int], torch.Tensor]:
-    """Return how many layers each graph was given, and what came out of them for ones."""
-    sizes: list[int] = []
-
-    def compiled(run: Any) -> Any:
-        def counted(part: Any, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-            sizes.append(len(part))
-            return run(part, hidden_states, **arguments)
-
-        return counted
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    return sizes, opt_policy.LayerGroups(size)(layers, torch.ones(1, 2, 3), position_ids=torch.ones(3))
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "size", "groups"), [(12, 5, [4, 4, 4]), (10, 5, [5, 5]), (11, 5, [4, 4, 3]), (3, 5, [3]), (4, 1, [])]
-)
-def test_layers_share_a_graph_in_groups_of_nearly_one_size(
-    monkeypatch: pytest.MonkeyPatch, num_layers: int, size: int, groups: list[int]
-) -> None:
-    sizes, output = groups_of(monkeypatch, size, [Layer(2.0) for _ in range(num_layers)])
-    assert sizes == groups
-    assert output.unique().tolist() == [2.0 ** (num_layers + 1) - 1]
-
-
-def test_layers_that_are_recomputed_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [Layer(3.0, gradient_checkpointing=True), *(Layer(2.0) for _ in range(7))]
-    sizes, output = groups_of(monkeypatch, 4, layers)
-    assert sizes == [4, 3] and output.unique().tolist() == [4.0 * 2**7 + 2**7 - 1]
 
 
 def test_any_model_is_left_as_it_is_without_a_layout() -> None:

@@ -96,12 +96,19 @@ def test_divided_layers_without_a_pipeline_are_slower_and_launched_as_whole_ones
     assert step_time(replace(large, layer_bytes=1.0)).compute > 1.1 * step_time(large).compute
 
 
-def test_a_small_batch_waits_for_the_host_to_launch_it_least_under_ddp() -> None:
-    small, large = (
-        {plugin: step_time(work_of("125m", rows, plugin=plugin)).total for plugin in PLUGIN_SPEED} for rows in (8, 32)
+def test_a_small_batch_waits_for_the_host_to_launch_it_on_several_gpus_least_under_ddp() -> None:
+    alone, among_others = (
+        {plugin: step_time(work_of("125m", 8, plugin=plugin, exchanges=exchanges)) for plugin in PLUGIN_SPEED}
+        for exchanges in (False, True)
     )
-    assert min(small, key=small.__getitem__) == "torch_ddp" and min(large, key=large.__getitem__) == "low_level_zero"
-    assert small["low_level_zero"] == pytest.approx(8 * 1024 / 195_239, rel=0.05)  # README, results
+    assert alone["low_level_zero"].total < alone["torch_ddp"].total < alone["gemini"].total
+    assert among_others["torch_ddp"].total < among_others["low_level_zero"].total
+    # On one H200 20.7 and 23.4 ms, torch_ddp 21.1 and 24.4 (2026-11-28).
+    assert alone["low_level_zero"].total == pytest.approx(22e-3, rel=0.05)
+    assert alone["torch_ddp"].total == pytest.approx(22.75e-3, rel=0.05)
+    assert all(step.launches > 0 for step in (*alone.values(), *among_others.values()))
+    in_fp16 = work_of("125m", 8, at_best=False)
+    assert step_time(in_fp16).total > step_time(replace(in_fp16, plugin="torch_ddp_fp16", at_best=True)).total
     assert step_time(work_of("125m", 8, on_gpu=False)).launches == step_time(work_of()).launches == 0
 
 
