@@ -61,8 +61,8 @@ SLOT_ELEMENTS = 2**25
 NUM_SLOTS = 16
 # colossal_ext/layer_groups.py: layers of a pipeline's graph, and their gradients, at most.
 GRAPH_LAYERS, GRAPH_BYTES = 5, 2**30
-# Without a pipeline: layers of a graph at most, which divides the depth of every OPT but 66b's, and the GPU's seconds for
-# forward and backward of a layer up to which they share one. A busy host takes 2 to 4 ms to launch them.
+# Without a pipeline: layers of a graph at most, which divides the depth of every OPT, and the GPU's seconds for forward
+# and backward of a layer up to which they share one. The host takes 2 to 4 ms to launch them.
 SMALL_GRAPH_LAYERS, SMALL_LAYER_S = 4, 3e-3
 
 Place = Literal["device", "host", "cast"]

@@ -172,7 +172,8 @@ def step_time(work: Work) -> StepTime:
     """
     flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
     rate = GPU_FLOPS * work.replica_size * _plugin_speed(work)
-    sums = (work.pieces * work.micro_batches - 1) * work.num_params * SUM_PARAMETER_S if work.stages > 1 else 0.0
+    # Of a micro-batch the first piece's are part of what accumulation adds.
+    sums = work.micro_batches * (work.pieces - 1) * work.num_params * SUM_PARAMETER_S if work.stages > 1 else 0.0
     forward_backward = work.tokens * flops.model / rate * stage_imbalance(work.shape, work.stages) + sums
     recompute = work.tokens * (flops.hardware - flops.model) / rate * _recompute_imbalance(work)
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches

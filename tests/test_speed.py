@@ -9,7 +9,7 @@ import pytest
 
 from opt_sizes import OPT_SHAPES
 from planner import model_shape
-from speed import HOST_ADAM_S, PLUGIN_SPEED, Work, step_time
+from speed import HOST_ADAM_S, PLUGIN_SPEED, SUM_PARAMETER_S, Work, step_time
 
 
 def work_of(size: str = "1.3b", rows: int = 8, **changes: Any) -> Work:
@@ -75,6 +75,13 @@ def test_a_pipeline_is_cut_into_few_pieces_where_launches_take_long_and_into_man
     small, large = times("1.3b"), times("30b")
     assert min(small, key=small.__getitem__) == 4  # on four H200 352 ms; 8 pieces took 571 (2026-11-27)
     assert min(large, key=large.__getitem__) == 8
+
+
+def test_the_gradients_of_a_pipelines_pieces_are_added_up_once() -> None:
+    piped = work_of("13b", 32, plugin="hybrid_parallel", replica_size=2, stages=2, pieces=4)
+    whole, cut = step_time(piped), step_time(replace(piped, micro_batches=2))
+    # Of the second micro-batch's four pieces; the first one's are in `micro_batches`.
+    assert cut.compute - whole.compute == pytest.approx(3 * piped.num_params * SUM_PARAMETER_S)
 
 
 def test_a_stage_recomputes_the_first_layers_of_each_of_its_parts() -> None:
