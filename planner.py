@@ -62,8 +62,9 @@ NUM_SLOTS = 16
 # colossal_ext/layer_groups.py: layers of a pipeline's graph, and their gradients, at most.
 GRAPH_LAYERS, GRAPH_BYTES = 5, 2**30
 # Without a pipeline: layers of a graph at most, which divides the depth of every OPT, and the GPU's seconds for forward
-# and backward of a layer up to which they share one. The host takes 2 to 4 ms to launch them.
-SMALL_GRAPH_LAYERS, SMALL_LAYER_S = 4, 3e-3
+# and backward of a layer up to which they share one: 125m to batch 28 x 1024, 1.3b to 4. The host takes 1.7 to 4 ms to launch
+# them. With four the first step of 125m takes 6 s longer where their graph is not cached (one H200, by hand, 2026-11-28).
+SMALL_GRAPH_LAYERS, SMALL_LAYER_S = 4, 2.5e-3
 
 Place = Literal["device", "host", "cast"]
 
@@ -357,26 +358,39 @@ class States:
     offloaded: int = 0
 
 
-def layers_per_graph(layer_bytes: int) -> int:
-    """Return how many layers a pipeline's stage compiles at a time: their gradients are there together.
+def layers_per_graph(
+    plugin: str, pp: int, layer_params: int, item_bytes: int, tokens: int, *, updates_between: bool
+) -> int:
+    """Return how many layers are compiled at a time, whose gradients then come together.
 
-    On two cores the host's part of a step of 24 layers, eight pieces, fell from 187 to 123 ms with four layers a graph.
-    Large layers keep the GPU busy for longer than the host takes.
-
-    Args:
-        layer_bytes: gradients of a layer on one GPU.
-    """
-    return max(1, min(GRAPH_LAYERS, GRAPH_BYTES // max(1, layer_bytes)))
-
-
-def small_layers_per_graph(layer_params: int, tokens: int) -> int:
-    """Return how many layers are compiled at a time without a pipeline: some where the GPU would wait for the host.
+    Where the GPU is done with a layer before the host has launched the next, the host is to do less: a pipeline's stage
+    computes small pieces, and without one a layer can be small. On two cores the host's part of a step of 24 layers, eight
+    pieces, fell from 187 to 123 ms with four layers a graph; 125m, batch 8 x 1024, on one H200 from 25 to 21 ms.
 
     Args:
         layer_params: of one layer on one GPU.
-        tokens: of a micro-batch that pass through it.
+        item_bytes: of a gradient's number.
+        tokens: of a micro-batch of a replica.
+        updates_between: a layer's weights are updated in the backward pass, or on the host.
     """
-    return SMALL_GRAPH_LAYERS if 6 * layer_params * tokens / GPU_FLOPS < SMALL_LAYER_S else 1
+    room = max(1, GRAPH_BYTES // max(1, item_bytes * layer_params))
+    if pp > 1:
+        return min(GRAPH_LAYERS, room)
+    is_small = 6 * layer_params * tokens / GPU_FLOPS < SMALL_LAYER_S
+    return min(SMALL_GRAPH_LAYERS, room) if is_small and plugin != "gemini" and not updates_between else 1
+
+
+def _request_layers_per_graph(request: PlanRequest) -> int:
+    if not request.compiled or request.checkpointed_layers == request.shape.num_layers:
+        return 1
+    return layers_per_graph(
+        request.plugin,
+        request.pp,
+        request.shape.layer_params // request.tp,
+        request.item_bytes,
+        request.batch_size * request.block_size,
+        updates_between=request.step_in_backward or request.offload_optim_frac > 0,
+    )
 
 
 def stage_params(request: PlanRequest) -> int:
@@ -641,11 +655,12 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
 
 
 def _graph_gradients(request: PlanRequest) -> int:
-    """Return the gradients of a pipeline's graph beside those kept from the micro-batches before, but for one layer's."""
-    if request.pp == 1 or not request.compiled or request.checkpointed_layers == request.shape.num_layers:
+    """Return the gradients of a graph beside those that are kept, but for one layer's."""
+    keeps_each = request.pp == 1 and not request.accumulates
+    if keeps_each and not (request.plugin == "low_level_zero" and request.dp_size > 1):
         return 0
     layer_bytes = request.item_bytes * request.shape.layer_params // request.tp
-    return (layers_per_graph(layer_bytes) - 1) * layer_bytes
+    return (_request_layers_per_graph(request) - 1) * layer_bytes
 
 
 def framework_bytes(plugin: str, world_size: int, tp: int = 1, pp: int = 1) -> int:
@@ -858,6 +873,7 @@ def work(request: PlanRequest) -> Work:
         pieces=request.num_microbatches,
         chunks=request.pp_chunks,
         compiled=request.compiled,
+        layers_per_graph=_request_layers_per_graph(request),
         layer_bytes=2 * (request.tp - 1) / request.tp * num_bytes,
         layer_rounds=2 * calls * math.log2(request.tp),
     )

@@ -45,9 +45,9 @@ DIVIDED_SPEED = 0.845
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
-# where that is the limit, four layers a graph but for gemini, means of two calls (2026-11-28, benchmarks/results/gpus.md);
-# hybrid_parallel's by its ratio to low_level_zero's in one of them, torch_ddp_fp16's by that to torch_ddp's the day before.
-# Up to twice as much on another host.
+# where that is the limit, four layers a graph, means of two calls (2026-11-28, benchmarks/results/gpus.md); gemini's, with a
+# graph a layer, of one; hybrid_parallel's by its ratio to low_level_zero's in one, torch_ddp_fp16's by that to torch_ddp's the
+# day before. Up to twice as much on another host.
 LAUNCH_S = {
     "torch_ddp": 1.9e-3,
     "torch_ddp_fp16": 2.4e-3,
@@ -55,8 +55,12 @@ LAUNCH_S = {
     "hybrid_parallel": 1.74e-3,
     "gemini": 3.6e-3,
 }
-# The same on several GPUs, over torch_ddp's: 1.3b, batch 1 x 1024, on four H200 (2026-11-27), 95.5 ms a step to 76.8.
-EXCHANGE_LAUNCHES = {"low_level_zero": 1.24 * LAUNCH_S["torch_ddp"] / LAUNCH_S["low_level_zero"]}
+# With a graph a layer, over that: in the second of these calls low_level_zero 25.0 and 25.6 ms a step to 20.7, torch_ddp 27.4
+# to 21.1.
+SINGLE_GRAPH_LAUNCHES = 1.25
+# low_level_zero's on several GPUs, over torch_ddp's: 1.3b, batch 1 x 1024, on four H200, 95.5 ms a step to 76.8 (2026-11-27, with
+# a graph a layer; not measured since).
+SHARDED_LAUNCHES = 1.24
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
 # compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
 # which is not measured.
@@ -90,7 +94,7 @@ class Work:
         host_parameters: parameters that come from the host when they are needed.
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
         chunks: parts of the model that a stage has.
-        compiled: its layers.
+        compiled: its layers, of which `layers_per_graph` share a graph.
         layer_bytes, layer_rounds: that pass a GPU's link in all-reduces of divided layers, and how often these wait for
             LATENCY_S: each to scatter and to gather, by the logarithm of the GPUs that it connects.
     """
@@ -114,6 +118,7 @@ class Work:
     pieces: int = 1
     chunks: int = 1
     compiled: bool = True
+    layers_per_graph: int = 1
     layer_bytes: float = 0.0
     layer_rounds: float = 0.0
 
@@ -214,10 +219,18 @@ def _launch_s(work: Work) -> float:
         return 0.0
     layers = work.micro_batches * work.shape.num_layers
     if work.stages == 1:
-        factor = EXCHANGE_LAUNCHES.get(work.plugin, 1.0) if work.exchanges else 1.0
-        return layers * LAUNCH_S[work.plugin] * factor * (OTHER_ZERO_LAUNCHES if _is_other_zero(work) else 1.0)
+        return layers * _layer_launch_s(work)
     layer_s = COMPILED_LAYER_S if work.compiled else EAGER_LAYER_S
     return layers / work.stages * work.pieces * layer_s * (1 + work.bubble)
+
+
+def _layer_launch_s(work: Work) -> float:
+    seconds = LAUNCH_S[work.plugin]
+    if work.plugin == "low_level_zero" and work.exchanges:
+        seconds = SHARDED_LAUNCHES * LAUNCH_S["torch_ddp"]
+    if work.layers_per_graph == 1 and work.plugin != "gemini":
+        seconds *= SINGLE_GRAPH_LAUNCHES
+    return seconds * (OTHER_ZERO_LAUNCHES if _is_other_zero(work) else 1.0)
 
 
 def _is_other_zero(work: Work) -> bool:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from args import TrainArgs, model_chunks, pipeline_microbatches
 from model import compile_layers, decoder_layers
-from planner import Place, layers_per_graph, small_layers_per_graph
+from planner import Place, layers_per_graph
 from runtime import Runtime, quiet_colossalai
 
 if TYPE_CHECKING:
@@ -108,12 +108,9 @@ class Engine:
         """Return the decoder layers in the order of the forward pass, those that share a graph together."""
         from colossal_ext.layer_groups import in_groups
 
-        most = 1
-        # A layer that layerdrop leaves out would be computed by the first of its group.
-        in_turn = model.config.model_type == "opt" and not model.config.layerdrop
-        if in_turn and not self.is_pipeline and self.args.compile == "on":
-            most = _whole_layers_per_graph(self.args, self.workload)
-        return list(in_groups(decoder_layers(model), most))
+        # A layer that layerdrop leaves out would be computed by the first of its group. A stage has groups of its own.
+        in_turn = model.config.model_type == "opt" and not model.config.layerdrop and not self.is_pipeline
+        return list(in_groups(decoder_layers(model), _layers_per_graph(self.args, self.workload) if in_turn else 1))
 
     @property
     def defers_updates(self) -> bool:
@@ -519,23 +516,18 @@ def _hybrid_parallel(args: TrainArgs, runtime: Runtime, workload: Workload) -> A
 
 
 def _layers_per_graph(args: TrainArgs, workload: Workload) -> int:
-    """Return how many layers a pipeline's stage compiles at a time."""
-    if args.pp == 1 or args.compile != "on":
+    """Return how many layers are compiled at a time: `planner.layers_per_graph`."""
+    if args.compile != "on":
         return 1
-    return layers_per_graph(_layer_params(args, workload) * (4 if args.precision == "fp32" else 2))
-
-
-def _whole_layers_per_graph(args: TrainArgs, workload: Workload) -> int:
-    """Return how many layers are compiled at a time without a pipeline."""
-    if args.plugin == "gemini" or args.step_in_backward == "on" or args.offload_optim_frac:
-        return 1
-    tokens = args.per_device_train_batch_size * args.block_size * args.tp
-    return small_layers_per_graph(_layer_params(args, workload), tokens)
-
-
-def _layer_params(args: TrainArgs, workload: Workload) -> int:
     names = (name for name in workload.parameter_shapes if ".layers.0." in name)
-    return sum(workload.parameter_shapes[name].numel() for name in names) // args.tp
+    return layers_per_graph(
+        args.plugin,
+        args.pp,
+        sum(workload.parameter_shapes[name].numel() for name in names) // args.tp,
+        4 if args.precision == "fp32" else 2,
+        args.train_batch_size * args.block_size,
+        updates_between=args.step_in_backward == "on" or bool(args.offload_optim_frac),
+    )
 
 
 @dataclass(frozen=True)

@@ -170,13 +170,13 @@ class HostUpdates:
         self._unawaited.clear()
 
     def _run(self) -> None:
-        adam = HostAdam()
         try:
             torch.set_num_threads(self._num_threads)  # of this thread, as is the device
             if self._on_gpu:
                 torch.cuda.set_device(self._device)
         except BaseException as error:
             self._error = error
+        adam = HostAdam()  # whose buffers are for this thread's number of threads
         while (piece := self._next()) is not None:
             try:
                 if self._error is None:

@@ -1,4 +1,4 @@
-"""Decoder layers compiled several at a time: what the host does around a graph takes it as long as the launches in it."""
+"""Decoder layers compiled several at a time: around each graph the host spends as long as on the launches inside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def in_groups(layers: Sequence[Any], most: int) -> Iterator[tuple[Any, ...]]:
-    """Yield neighbours in groups of nearly one size, which share their graph; layers that are recomputed by themselves."""
+    """Yield neighbours in groups of one size, the last smaller where they do not divide; recomputed layers one by one."""
     for is_recomputed, part in itertools.groupby(layers, key=lambda layer: layer.gradient_checkpointing):
         neighbours = tuple(part)
         size = 1 if is_recomputed else -(-len(neighbours) // -(-len(neighbours) // most))
@@ -49,8 +49,10 @@ def _run_layers(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) 
 def compile_together(layers: Sequence[Any]) -> None:
     """Compile layers in place that their model calls one after the other, each with the output of the one before.
 
-    The first one's call computes all of them, and the others return what they are given. Layers that are not recomputed,
-    and whose other arguments are the same.
+    The first one's call computes all of them, and the others return what they are given.
+
+    Args:
+        layers: none of them recomputed, unless it is alone; all are called with the same other arguments.
     """
     if len(layers) == 1:
         layers[0].compile()
@@ -63,22 +65,34 @@ def compile_together(layers: Sequence[Any]) -> None:
 
 
 class _Group:
+    """Layers of one graph, while their model calls them."""
+
     def __init__(self, layers: tuple[Any, ...]) -> None:
         self._layers = layers
-        self._compute = torch.compile(_compute)
+        self._compute = torch.compile(_run_uncompiled)
+        # Of the last call of the first layer, until the last layer is called.
         self._arguments: dict[str, Any] = {}
+        self._num_left = 0
 
     def compute(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self._arguments = arguments
-        return self._compute(self._layers, hidden_states, **arguments)
+        """Return the last layer's output."""
+        output = self._compute(self._layers, hidden_states, **arguments)
+        self._arguments, self._num_left = {**arguments, "hidden_states": output}, len(self._layers) - 1
+        return output
 
     def hand_on(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        different = [name for name, value in arguments.items() if value is not self._arguments.get(name)]
+        """Return the input, which is the last layer's output already."""
+        arguments["hidden_states"] = hidden_states
+        names = arguments.keys() | self._arguments.keys()
+        different = [name for name in sorted(names) if arguments.get(name) is not self._arguments.get(name)]
         assert not different, f"layers of one graph were called with different {', '.join(different)}"
+        self._num_left -= 1
+        if not self._num_left:
+            self._arguments = {}
         return hidden_states
 
 
-def _compute(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
+def _run_uncompiled(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
     for layer in layers:
-        hidden_states = layer._call_impl(hidden_states, **arguments)
+        hidden_states = layer._call_impl(hidden_states, **arguments)  # `layer(...)` would come back to the group
     return hidden_states

@@ -24,6 +24,8 @@ CHUNK_NUMEL = 1 << 16
 BLOCK_NUMEL = 1024
 # Bytes; with less the compiler must load element by element.
 ALIGNMENT = 16
+# Batches of tensors whose launches are kept. Updates in the backward pass of 13b are 400.
+MAX_KEPT = 512
 # A row of the table: the addresses of gradient, parameter, moments and copy (0: none), and the elements left.
 COLUMNS = 6
 
@@ -131,7 +133,7 @@ class Launch:
             adam_kernel[(len(self.table),)](
                 self.table,
                 *kernel_scalars(settings),
-                settings.divisor(device) if settings.scales_gradients else self.table,
+                settings.divisor(device) if settings.scales_gradients else self.table,  # then not read
                 *self.kinds,
                 SCALED=settings.scales_gradients,
                 ALIGNED=self.aligned,
@@ -141,10 +143,10 @@ class Launch:
 
 
 class TritonAdam:
-    """Updates any number of tensors; launches are kept for tensors that stay where they are."""
+    """Updates any number of tensors, on one stream; launches are kept for tensors that stay where they are."""
 
     def __init__(self) -> None:
-        # By the address of the first parameter: of what begins with it the last layout, and its launches.
+        # Last layout and launches of each batch of tensors, by the address of its first parameter.
         self._kept: dict[int, tuple[list[Any], list[Launch]]] = {}
 
     def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
@@ -156,6 +158,8 @@ class TritonAdam:
         kept, launches = self._kept.get(first, (None, []))
         if layout != kept:
             launches = launches_of(tensors)
+            if first not in self._kept and len(self._kept) == MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
             self._kept[first] = layout, launches
         for launch in launches:
             launch.run(settings)

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,12 +30,12 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(NUM_LAYERS))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(NUM_LAYERS))
 
     def forward(self, values: Tensor, skipped: Skipped = ()) -> Tensor:
         for number, layer in enumerate(self.layers):
             if number not in skipped:
-                values = torch.tanh(layer(values))
+                values = layer(values)
         return values
 
 
@@ -61,13 +62,14 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 class Boosted:
-    """The toy under the plugin, matrices and vectors in groups of their own."""
+    """The toy under the plugin, matrices and vectors in groups of their own, so many layers computed by the first of them."""
 
-    def __init__(self, *, precision: str = "fp32", **options: Any) -> None:
+    def __init__(self, *, precision: str = "fp32", together: int = 1, **options: Any) -> None:
         import torch.distributed as dist
         from colossalai.booster import Booster
 
         from colossal_ext.adam_kernels import CompileFreeAdam
+        from colossal_ext.layer_groups import compile_together
         from colossal_ext.sharded_zero import ShardedZeroPlugin
 
         self.plain, self.rank = Toy(), dist.get_rank()
@@ -77,7 +79,12 @@ class Boosted:
         plugin = ShardedZeroPlugin(**{"stage": 1, "precision": precision, "max_norm": 0.0, **options})
         self.booster = Booster(plugin=plugin)
         self.model, self.optimizer, *_ = self.booster.boost(self.plain, optimizer)
-        self.optimizer.defer_updates(self.plain, [(layer,) for layer in self.plain.layers])
+        parts = [self.plain.layers[start : start + together] for start in range(0, NUM_LAYERS, together)]
+        if together > 1:
+            with patch.object(torch, "compile", lambda run: run):
+                for part in parts:
+                    compile_together(part)
+        self.optimizer.defer_updates(self.plain, parts)
 
     def forward(self, batch: Tensor, skipped: Skipped = ()) -> Tensor:
         own = batch[2 * self.rank : 2 * self.rank + 2].to(self.dtype)
@@ -100,8 +107,8 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def plain() -> float:
-    ours, data = Boosted(), batches()[:3]
+def plain(**options: Any) -> float:
+    ours, data = Boosted(**options), batches()[:3]
     for batch in data:
         ours.backward(batch)
         ours.step()
@@ -215,6 +222,7 @@ def twice_with_updates() -> str:
 
 CASES: dict[str, Callable[[], float | str]] = {
     "plain": plain,
+    "three layers in one call": partial(plain, together=3),
     "a layer without gradients": missing_layer,
     "a layer without gradients, in a bucket": missing_part,
     "gradients dropped between backward passes": dropped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ import strategy
 from args import TrainArgs
 from colossal_ext.layer_groups import LayerGroups, compile_together, in_groups
 from model import decoder_layers
-from planner import small_layers_per_graph
+from opt_sizes import OPT_SHAPES
+from planner import PlanRequest, _graph_gradients, layers_per_graph, model_shape
 
 
 class Layer(torch.nn.Module):
@@ -103,19 +105,50 @@ def test_layers_compiled_together_compute_what_they_do_apart(monkeypatch: pytest
 
 def test_layers_of_one_graph_cannot_be_called_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda run: run)
-    layers = decoder_layers(tiny_model())[:2]
+    first, second, third = layers = decoder_layers(tiny_model())[:3]
     compile_together(layers)
-    hidden_states, positions = torch.ones(1, 4, 16), torch.arange(4)[None]
-    hidden_states = layers[0](hidden_states, position_ids=positions, attention_mask=None)
-    assert layers[1](hidden_states, position_ids=positions, attention_mask=None) is hidden_states
+    arguments = {"position_ids": torch.arange(4)[None], "attention_mask": None}
+    output = first(torch.ones(1, 4, 16), **arguments)
+    assert second(output, **arguments) is output
     with pytest.raises(AssertionError, match="different position_ids"):
-        layers[1](hidden_states, position_ids=positions.clone(), attention_mask=None)
+        third(output, **{**arguments, "position_ids": arguments["position_ids"].clone()})
+    with pytest.raises(AssertionError, match="different hidden_states"):
+        third(output + 1, **arguments)
+    assert third(output, **arguments) is output
+    with pytest.raises(AssertionError):  # without the first one's call
+        second(output, **arguments)
 
 
-def test_only_small_layers_share_a_graph() -> None:
-    small, large = 7_087_872, 50_358_272  # a layer's parameters of 125m and of 1.3b
-    assert small_layers_per_graph(small, 8 * 1024) == small_layers_per_graph(large, 1024) == 4
-    assert small_layers_per_graph(small, 128 * 1024) == small_layers_per_graph(large, 8 * 1024) == 1
+SMALL, LARGE, LARGEST = 7_087_872, 50_358_272, 1_019_446_272  # a layer's parameters of 125m, 1.3b and 66b
+
+
+@pytest.mark.parametrize(
+    ("plugin", "pp", "layer_params", "rows", "wanted"),
+    [
+        ("low_level_zero", 1, SMALL, 8, 4),
+        ("low_level_zero", 1, SMALL, 32, 1),
+        ("torch_ddp", 1, LARGE, 1, 4),
+        ("torch_ddp", 1, LARGE, 8, 1),
+        ("hybrid_parallel", 1, LARGEST, 0, 1),  # the gradients of one take 2 GiB
+        ("gemini", 1, SMALL, 8, 1),
+        ("hybrid_parallel", 2, LARGE, 8, 5),
+        ("hybrid_parallel", 2, LARGEST, 8, 1),
+    ],
+)
+def test_small_layers_share_a_graph_and_those_of_a_pipeline(
+    plugin: str, pp: int, layer_params: int, rows: int, wanted: int
+) -> None:
+    assert layers_per_graph(plugin, pp, layer_params, 2, rows * 1024, updates_between=False) == wanted
+
+
+def test_the_plan_counts_the_gradients_of_a_graph_where_they_are_not_kept_anyway() -> None:
+    request = PlanRequest(model_shape(OPT_SHAPES["125m"]), "low_level_zero", "bf16", 1, 8, 1024, compiled=True)
+    graph = 3 * 2 * request.shape.layer_params
+    assert _graph_gradients(request) == _graph_gradients(replace(request, world_size=2, batch_size=32)) == 0
+    assert _graph_gradients(replace(request, world_size=2)) == graph
+    assert _graph_gradients(replace(request, accumulation_steps=2)) == graph
+    assert _graph_gradients(replace(request, world_size=2, step_in_backward=True)) == 0
+    assert _graph_gradients(replace(request, world_size=2, compiled=False)) == 0
 
 
 @pytest.mark.parametrize(
@@ -128,6 +161,9 @@ def test_only_small_layers_share_a_graph() -> None:
         ({"plugin": "low_level_zero", "offload_optim_frac": 0.5}, {}, [1] * 4),
         ({"plugin": "gemini"}, {}, [1] * 4),
         ({"plugin": "torch_ddp"}, {"layerdrop": 0.1}, [1] * 4),
+        ({"plugin": "torch_ddp"}, {"model_type": "another"}, [1] * 4),
+        ({"plugin": "hybrid_parallel", "tp": 2}, {}, [4]),
+        ({"plugin": "hybrid_parallel", "pp": 2}, {}, [1] * 4),
     ],
 )
 def test_layers_share_a_graph_where_nothing_goes_on_between_them(
@@ -135,7 +171,7 @@ def test_layers_share_a_graph_where_nothing_goes_on_between_them(
 ) -> None:
     model = tiny_model(**changes)
     args = TrainArgs(**{"compile": "on", "step_in_backward": "off", "offload_optim_frac": 0.0, **flags})
-    engine: Any = SimpleNamespace(args=args, is_pipeline=False)
+    engine: Any = SimpleNamespace(args=args, is_pipeline=args.pp > 1)
     engine.workload = strategy.workload(model, varying_length=False)
     assert [len(group) for group in strategy.Engine._layer_groups(engine, model)] == sizes
 

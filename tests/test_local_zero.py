@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import defaultdict
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -184,7 +185,8 @@ class TwoLayers(torch.nn.Module):
         return self.layers[1](self.layers[0](self.embedding(values)))
 
 
-def test_each_layer_waits_for_what_the_host_updates_of_it_and_the_model_for_the_rest(monkeypatch):
+@pytest.mark.parametrize(("sizes", "of_layers"), [([1, 1], [[], ["layers.1.weight"]]), ([2], [["layers.1.weight"]])])
+def test_layers_wait_for_what_the_host_updates_of_them_and_the_model_for_the_rest(monkeypatch, sizes, of_layers):
     model, waited = TwoLayers(), []
     names = {parameter: name for name, parameter in model.named_parameters()}
     monkeypatch.setattr(LocalZeroOptimizer, "wait_for", lambda self, own: waited.append([names[each] for each in own]))
@@ -192,9 +194,10 @@ def test_each_layer_waits_for_what_the_host_updates_of_it_and_the_model_for_the_
     optimizer.grad_handles = []
     on_host = {model.embedding.weight, model.layers[1].weight}  # vectors stay on the device, and so do first layers
     optimizer._masters = SimpleNamespace(on_host=on_host)
-    optimizer.defer_updates(model, [(layer,) for layer in model.layers])
+    layers = iter(model.layers)
+    optimizer.defer_updates(model, [list(islice(layers, size)) for size in sizes])
     model(torch.ones(1, 2))
-    assert waited == [["embedding.weight"], [], ["layers.1.weight"]]
+    assert waited == [["embedding.weight"], *of_layers]
 
 
 def test_a_compiled_layer_waits_before_it_runs():

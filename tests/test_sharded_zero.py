@@ -181,6 +181,7 @@ def toy(tmp_path_factory):
     "name",
     [
         "plain",
+        "three layers in one call",
         "a layer without gradients",
         "a layer without gradients, in a bucket",
         "gradients dropped between backward passes",

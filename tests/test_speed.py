@@ -9,7 +9,7 @@ import pytest
 
 from opt_sizes import OPT_SHAPES
 from planner import model_shape
-from speed import HOST_ADAM_S, PLUGIN_SPEED, SUM_PARAMETER_S, Work, step_time
+from speed import HOST_ADAM_S, LAUNCH_S, PLUGIN_SPEED, SUM_PARAMETER_S, Work, step_time
 
 
 def work_of(size: str = "1.3b", rows: int = 8, **changes: Any) -> Work:
@@ -104,8 +104,9 @@ def test_divided_layers_without_a_pipeline_are_slower_and_launched_as_whole_ones
 
 
 def test_a_small_batch_waits_for_the_host_to_launch_it_on_several_gpus_least_under_ddp() -> None:
+    small = work_of("125m", 8, layers_per_graph=4)
     alone, among_others = (
-        {plugin: step_time(work_of("125m", 8, plugin=plugin, exchanges=exchanges)) for plugin in PLUGIN_SPEED}
+        {plugin: step_time(replace(small, plugin=plugin, exchanges=exchanges)) for plugin in PLUGIN_SPEED}
         for exchanges in (False, True)
     )
     assert alone["low_level_zero"].total < alone["torch_ddp"].total < alone["gemini"].total
@@ -114,7 +115,9 @@ def test_a_small_batch_waits_for_the_host_to_launch_it_on_several_gpus_least_und
     assert alone["low_level_zero"].total == pytest.approx(22e-3, rel=0.05)
     assert alone["torch_ddp"].total == pytest.approx(22.75e-3, rel=0.05)
     assert all(step.launches > 0 for step in (*alone.values(), *among_others.values()))
-    in_fp16 = work_of("125m", 8, at_best=False)
+    single = {plugin: step_time(replace(small, plugin=plugin, layers_per_graph=1)).total for plugin in LAUNCH_S}
+    assert single["low_level_zero"] > 1.2 * alone["low_level_zero"].total and single["gemini"] == alone["gemini"].total
+    in_fp16 = replace(small, at_best=False)
     assert step_time(in_fp16).total > step_time(replace(in_fp16, plugin="torch_ddp_fp16", at_best=True)).total
     assert step_time(work_of("125m", 8, on_gpu=False)).launches == step_time(work_of()).launches == 0
 
