@@ -58,9 +58,9 @@ LAUNCH_S = {
 # With a graph a layer, over that: in the second of these calls low_level_zero 25.0 and 25.6 ms a step to 20.7, torch_ddp 27.4
 # to 21.1.
 SINGLE_GRAPH_LAUNCHES = 1.25
-# low_level_zero's on several GPUs, over torch_ddp's: 1.3b, batch 1 x 1024, on four H200, 95.5 ms a step to 76.8 (2026-11-27, with
-# a graph a layer; not measured since).
-SHARDED_LAUNCHES = 1.24
+# low_level_zero's on several GPUs over torch_ddp's, and layers divided by two over whole ones: 1.3b, batch 1 x 1024, on four
+# H200, 95.5 ms a step to 76.8, 96.4 to 64.6 (2026-11-27, with a graph a layer; not measured since).
+SHARDED_LAUNCHES, DIVIDED_LAUNCHES = 1.24, 1.49
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
 # compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
 # which is not measured.
@@ -228,6 +228,8 @@ def _layer_launch_s(work: Work) -> float:
     seconds = LAUNCH_S[work.plugin]
     if work.plugin == "low_level_zero" and work.exchanges:
         seconds = SHARDED_LAUNCHES * LAUNCH_S["torch_ddp"]
+    if work.layer_bytes:
+        seconds *= DIVIDED_LAUNCHES
     if work.layers_per_graph == 1 and work.plugin != "gemini":
         seconds *= SINGLE_GRAPH_LAUNCHES
     return seconds * (OTHER_ZERO_LAUNCHES if _is_other_zero(work) else 1.0)

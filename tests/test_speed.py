@@ -95,10 +95,11 @@ def test_a_stage_recomputes_the_first_layers_of_each_of_its_parts() -> None:
     assert recompute(15, 2) == pytest.approx(recompute(24, 2) * 9 / 12)
 
 
-def test_divided_layers_without_a_pipeline_are_slower_and_launched_as_whole_ones() -> None:
+def test_divided_layers_without_a_pipeline_are_slower_and_take_longer_to_launch() -> None:
     whole = work_of("2.7b", 1, plugin="hybrid_parallel", replica_size=2)
     divided = replace(whole, layer_bytes=1.0)
-    assert step_time(divided).launches > 0 and step_time(divided).total == pytest.approx(step_time(whole).total)
+    assert step_time(whole).launches > 0
+    assert step_time(divided).total == pytest.approx(96.4 / 64.6 * step_time(whole).total, rel=0.01)
     large = work_of("2.7b", 64, plugin="hybrid_parallel", replica_size=2)
     assert step_time(replace(large, layer_bytes=1.0)).compute > 1.1 * step_time(large).compute
 
