@@ -55,8 +55,7 @@ LAUNCH_S = {
     "hybrid_parallel": 1.74e-3,
     "gemini": 3.6e-3,
 }
-# With a graph a layer, over that: in the second of these calls low_level_zero 25.0 and 25.6 ms a step to 20.7, torch_ddp 27.4
-# to 21.1.
+# With a graph a layer, over that: in the call by hand low_level_zero 25.0 and 25.6 ms a step to 20.7, torch_ddp 27.4 to 21.1.
 SINGLE_GRAPH_LAUNCHES = 1.25
 # low_level_zero's on several GPUs over torch_ddp's, and layers divided by two over whole ones: 1.3b, batch 1 x 1024, on four
 # H200, 95.5 ms a step to 76.8, 96.4 to 64.6 (2026-11-27, with a graph a layer; not measured since).
@@ -178,7 +177,7 @@ def step_time(work: Work) -> StepTime:
     flops = token_flops(work.shape, work.seq_len, recomputed_layers=work.recomputed_layers)
     rate = GPU_FLOPS * work.replica_size * _plugin_speed(work)
     # Of a micro-batch the first piece's are part of what accumulation adds.
-    sums = work.micro_batches * (work.pieces - 1) * work.num_params * SUM_PARAMETER_S if work.stages > 1 else 0.0
+    sums = work.micro_batches * (work.pieces - 1) * work.num_params * SUM_PARAMETER_S
     forward_backward = work.tokens * flops.model / rate * stage_imbalance(work.shape, work.stages) + sums
     recompute = work.tokens * (flops.hardware - flops.model) / rate * _recompute_imbalance(work)
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
