@@ -272,7 +272,7 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None) -> None:
+def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None, *, keeps_products: bool = False) -> None:
     """Compile the decoder layers and the loss in place, so that parameter names stay.
 
     One graph serves all layers, or all groups of one size. Compiled as a whole the model is slower (125m, batch 32, one
@@ -280,8 +280,10 @@ def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None) ->
 
     Args:
         groups: layers that are compiled together; None: each by itself.
+        keeps_products: under autocast their matrices have 16-bit gradients.
     """
     from colossal_ext.layer_groups import compile_together
+    from colossal_ext.uncast_gradients import keep_products
 
     # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run. Nor are
     # matrix products padded then, of which those of OPT need none.
@@ -289,6 +291,7 @@ def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None) ->
     # Tensor-parallel ranks make weights' gradients while they add up those of a layer's input.
     torch._inductor.config.reorder_for_compute_comm_overlap = True
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
+    keep_products(decoder_layers(model) if keeps_products else ())
     for group in groups or [(layer,) for layer in decoder_layers(model)]:
         compile_together(group)
     model.loss_function = torch.compile(model.loss_function)

@@ -17,13 +17,22 @@ from planner import (
     Plan,
     PlanRequest,
     chunk_numbers,
+    ddp_gradient_bytes,
     in_pieces,
     layer_exchanges,
     layouts,
     plan,
     stage_params,
 )
-from speed import COMPILED_LAYER_S, EAGER_LAYER_S, LATENCY_S, NVLINK_BYTES_S, SUM_PARAMETER_S, stage_imbalance
+from speed import (
+    COMPILED_LAYER_S,
+    EAGER_LAYER_S,
+    LATENCY_S,
+    NVLINK_BYTES_S,
+    SUM_PARAMETER_S,
+    matrix_share,
+    stage_imbalance,
+)
 
 GPU_GIB = 79.6  # of an H100, as torch sees it
 ORIGIN = (
@@ -33,24 +42,15 @@ ORIGIN = (
 # Rates of one H100 SXM unless they say otherwise.
 MATRIX_FLOPS = 787e12  # measured: bf16, 8192^3
 PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
-# Share of MATRIX_FLOPS that forward and backward reach: compiled, on one H200, between 1.3b (batch 8 x 1024) and 6.7b
-# (batch 4, recomputed), which lie 4 to 9 % to either side (2026-11-27); hybrid_parallel with pp 1 is as fast as
-# low_level_zero there (2026-11-28); as they stand: ASSUMPTION. Pipelines: 13b and 30b under tp 2 x pp 2 and pp 4 on four,
-# 1F1B and interleaved, which lie 3 % to either side (2026-11-28).
-COMPILED_SHARE = {
-    "low_level_zero": 0.72,
-    "torch_ddp": 0.68,
-    "torch_ddp_fp16": 0.6,
-    "gemini": 0.65,
-    "hybrid_parallel": 0.72,
-}
+# Of the share of MATRIX_FLOPS that compiled layers reach (speed.MATRIX_SHARE) these plugins have a part: gemini between 0.87
+# of 1.3b and all of 6.7b, 13b and 30b, torch_ddp_fp16 125m's ratio (2026-11-27 and 28).
+SHARE_OF_PLUGIN = {"gemini": 0.94, "torch_ddp_fp16": 0.86}
+# Pipelines: 13b and 30b under tp 2 x pp 2 and pp 4 on four H200, 1F1B and interleaved, 3 % to either side (2026-11-28).
 PIPELINE_SHARE = 0.78
-# Divided layers without a pipeline: 1.3b under tp 2 on two H200 and tp 2 x dp 2 on four, 2 to 3 % to either side.
-DIVIDED_SHARE = 0.62
-EAGER_SHARE = 0.5
+EAGER_SHARE = 0.5  # ASSUMPTION
 # Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200; LowLevelZero,
 # which exchanges half as much: 6.7b and 13b on 4 (2026-11-28); small buckets: PyTorch's DDP of 1.3b on 2 and 4 (2026-11-27).
-# hybrid_parallel without ZeRO: with DIVIDED_SHARE.
+# hybrid_parallel without ZeRO: with MATRIX_SHARE.
 BESIDE_NCCL = {"low_level_zero": 1.04, "torch_ddp": 1.08, "torch_ddp_fp16": 1.08, "hybrid_parallel": 1.08}
 BESIDE_SMALL_BUCKETS = 1.13
 # Forward passes made again, over what their operations would take at that rate: 6.7b, batch 4, on one H200 407.7 for 316.3
@@ -225,7 +225,7 @@ def _matrix_share(request: PlanRequest) -> float:
         return EAGER_SHARE
     if request.pp > 1:
         return PIPELINE_SHARE
-    return DIVIDED_SHARE if request.tp > 1 else COMPILED_SHARE[request.plugin]
+    return matrix_share(request.shape.hidden_size, tp=request.tp) * SHARE_OF_PLUGIN.get(request.plugin, 1.0)
 
 
 def _launches_s(request: PlanRequest) -> float:
@@ -250,7 +250,7 @@ def _is_own_exchange(request: PlanRequest) -> bool:
 def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s: float) -> tuple[float, float]:
     """Return the seconds in which the GPU waits for gradients, and for parameters.
 
-    torch_ddp all-reduces fp32 gradients, the others 16-bit ones; LowLevelZero and Gemini scatter them. ZeRO gathers the
+    torch_ddp all-reduces 16-bit gradients of compiled matrices and fp32 ones, the others 16-bit ones; LowLevelZero and Gemini scatter them. ZeRO gathers the
     new 16-bit parameters: LowLevelZero in the next forward pass, which hides it, hybrid_parallel after the update.
     Gemini gathers every chunk for the forward pass, and again for the backward pass, and by default fetches none ahead.
     A pipeline exchanges gradients when its last micro-batch is done.
@@ -258,7 +258,8 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     if group.size == 1:
         return 0.0, 0.0
     num_params, item = stage_params(request), request.item_bytes
-    gradient_bytes = num_params * (4 if request.plugin.startswith("torch_ddp") else item)
+    is_ddp = request.plugin.startswith("torch_ddp")
+    gradient_bytes = ddp_gradient_bytes(request) if is_ddp else num_params * item
     is_zero = request.plugin == "low_level_zero"
     is_own = _is_own_exchange(request)
     scatters = is_zero or request.plugin == "gemini" or request.zero_stage == 2
@@ -266,8 +267,8 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     exchange = group.gather_s if scatters else group.all_reduce_s
     whole_s = exchange(gradient_bytes, calls=calls)
     # Our last bucket, and the first one that LowLevelZero's next forward pass wants, is the embedding.
-    embedding_share = request.shape.vocab_size * request.shape.embed_dim / request.tp / num_params
-    last_s = exchange(gradient_bytes * embedding_share) if is_own else whole_s / calls
+    embedding = request.shape.vocab_size * request.shape.embed_dim / request.tp
+    last_s = exchange(embedding * (4 if is_ddp else item)) if is_own else whole_s / calls
     hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s - last_s)
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
     weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)

@@ -6,6 +6,7 @@ mean something, and less where the host is slower or faster beside its GPU.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from report import MatrixShape, token_flops
@@ -14,12 +15,12 @@ from report import MatrixShape, token_flops
 # dense 989 TFLOP/s.
 GPU_FLOPS = 500e12
 # Tokens/s of 125m, batch 32 x 1024, over low_level_zero's on one H200 (2026-11-27), most of them from one sweep (README,
-# results); torch_ddp and torch_ddp_fp16: means of three and two calls, gemini: by both their ratios to plain_compile;
-# hybrid_parallel: in a call of its own (2026-11-28).
+# results); torch_ddp_fp16: mean of two calls, gemini and torch_ddp (2026-11-28, 16-bit gradients): by both their ratios to
+# plain_compile; hybrid_parallel: in a call of its own (2026-11-28).
 PLUGIN_SPEED = {
     "hybrid_parallel": 1.003,
     "low_level_zero": 1.0,
-    "torch_ddp": 0.964,
+    "torch_ddp": 0.972,
     "gemini": 0.961,
     "torch_ddp_fp16": 0.861,
 }
@@ -27,10 +28,11 @@ PLUGIN_SPEED = {
 # Estimates.
 OTHER_ZERO_SPEED, OTHER_ZERO_LAUNCHES = 0.8, 1.4
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200. torch_ddp and low_level_zero in
-# one call (2026-11-28), without the update 138.0 ms a step to 125.1 and 130.6 to 119.8; gemini so that with the update it
+# one call (2026-11-28), without the update 138.0 ms a step to 125.1 (with 16-bit gradients, on two in calls of their own,
+# 132.9 to 122.1: 0.919) and 130.6 to 119.8; gemini so that with the update it
 # takes what it took beside torch_ddp in another (2026-11-27), 193,136 to 211,190 tokens/s;
 # hybrid_parallel's is what tp 2 x dp 2, compiled, 181.2 ms to 131.0 on one, leaves beside its layers' exchanges and
-# DIVIDED_SPEED. The torch_ddp beside gemini was PyTorch's DDP, 0.886 here.
+# MATRIX_SHARE. The torch_ddp beside gemini was PyTorch's DDP, 0.886 here.
 EXCHANGE_SPEED = {
     "torch_ddp": 0.907,
     "torch_ddp_fp16": 0.907,
@@ -38,9 +40,10 @@ EXCHANGE_SPEED = {
     "gemini": 0.763,
     "hybrid_parallel": 0.91,
 }
-# Divided layers without a pipeline, whose matrices are small, over whole ones: 1.3b under tp 2, 333.7 ms on two H200
-# (2026-11-28). Pipelines of 13b and 30b under tp 2 are not slower than whole layers.
-DIVIDED_SPEED = 0.845
+# Share of an H100's bf16 FLOP/s that compiled layers reach, by the width of a square matrix as large as what a GPU has of
+# one, hidden size / sqrt(tp), on one and two H200 (2026-11-27 and 28): 125m, 1.3b under tp 2, 1.3b, 6.7b under tp 2; 6.7b
+# and 13b whole lie 2 % to either side of the last.
+MATRIX_SHARE = {768: 0.535, 1448: 0.60, 2048: 0.70, 2896: 0.765}
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
@@ -57,9 +60,9 @@ LAUNCH_S = {
 }
 # With a graph a layer, over that: in the call by hand low_level_zero 25.0 and 25.6 ms a step to 20.7, torch_ddp 27.4 to 21.1.
 SINGLE_GRAPH_LAUNCHES = 1.25
-# low_level_zero's on several GPUs over torch_ddp's, and layers divided by two over whole ones: 1.3b, batch 1 x 1024, on four
-# H200, 95.5 ms a step to 76.8, 96.4 to 64.6 (2026-11-27, with a graph a layer; not measured since).
-SHARDED_LAUNCHES, DIVIDED_LAUNCHES = 1.24, 1.49
+# low_level_zero's on several GPUs over torch_ddp's, and layers divided by two over whole ones: 1.3b, batch 1 x 1024 a GPU, on
+# two H200 in one call (2026-11-28), 46.2 ms a step to 44.7, and 54.4, hybrid_parallel's own launches taken out.
+SHARDED_LAUNCHES, DIVIDED_LAUNCHES = 1.03, 1.33
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
 # compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
 # which is not measured.
@@ -198,6 +201,18 @@ def step_time(work: Work) -> StepTime:
     )
 
 
+def matrix_share(hidden_size: int, *, tp: int = 1) -> float:
+    """Return the share of the GPU's FLOP/s that layers of this width, divided by `tp`, reach: between those measured."""
+    width = hidden_size / math.sqrt(tp)
+    widths = sorted(MATRIX_SHARE)
+    if width >= widths[-1]:
+        return MATRIX_SHARE[widths[-1]]
+    above = max(1, next(place for place, each in enumerate(widths) if width < each))
+    low, high = widths[above - 1], widths[above]
+    part = max(0.0, math.log(width / low) / math.log(high / low))
+    return MATRIX_SHARE[low] + part * (MATRIX_SHARE[high] - MATRIX_SHARE[low])
+
+
 def stage_imbalance(shape: MatrixShape, stages: int) -> float:
     """Return the work of a pipeline's last stage, which has the output head, over that of an even share."""
     return 1 + (stages - 1) * (1 - shape.layer_matrix_params / shape.matrix_params)
@@ -245,5 +260,6 @@ def _plugin_speed(work: Work) -> float:
     if work.exchanges:
         factor *= EXCHANGE_SPEED[work.plugin]
     if work.layer_bytes and work.stages == 1:
-        factor *= DIVIDED_SPEED
+        width = work.shape.hidden_size
+        factor *= matrix_share(width, tp=work.replica_size) / matrix_share(width)
     return factor * (BACKWARD_STEP_SPEED if work.step_in_backward else 1.0)

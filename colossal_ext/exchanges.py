@@ -36,6 +36,12 @@ def in_pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]
         yield from ([each] for each in piece) if is_large else [piece]
 
 
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors of each type, which one collective or one kernel can take, in the order of the first of each."""
+    dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
+    return [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in dtypes]
+
+
 def together(
     collective: Callable[..., Any], *tensors: Sequence[Tensor], group: Any = None, **options: Any
 ) -> list[Any]:
@@ -99,8 +105,9 @@ class GradientBucket:
                 self._copied.append((sent[-1], grads))
         if not sent:
             return
-        mean = prepare_mean(sent, dist.get_world_size(self._group))
-        self._works = together(dist.all_reduce, sent, group=self._group, op=mean)
+        for tensors in by_dtype(sent):
+            mean = prepare_mean(tensors, dist.get_world_size(self._group))
+            self._works += together(dist.all_reduce, tensors, group=self._group, op=mean)
 
     @torch.no_grad()
     def receive(self) -> None:

@@ -10,6 +10,8 @@ from colossalai.amp.naive_amp.mixed_precision_mixin.fp16 import FP16MixedPrecisi
 from colossalai.interface import OptimizerWrapper
 from torch import Tensor
 
+from .exchanges import by_dtype
+
 # The attribute that holds the mixed precision state: LowLevelZero and hybrid with ZeRO, Gemini, hybrid without.
 _MIXIN_NAMES = ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision")
 
@@ -46,7 +48,9 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     """Return the norm over all gradients, an fp32 scalar on their device. Does not wait for the device."""
     # On a CPU torch adds the squares of a tensor in fp32: 1e-4 off for an embedding's three million.
     dtype = torch.float64 if grads[0].device.type == "cpu" else torch.float32
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))).float()
+    # Of mixed types torch would take the norms one by one.
+    norms = [norm for alike in by_dtype(grads) for norm in torch._foreach_norm(alike, 2, dtype=dtype)]
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def clipping_divisor(norm: Tensor, max_norm: float) -> Tensor:

@@ -89,6 +89,21 @@ def check_means(rank: int, device: torch.device) -> None:
         model(batches[2])
 
 
+def check_16_bit_gradients(rank: int, device: torch.device) -> None:
+    """Beside fp32 ones, large and small: each keeps its type and, where it is large, its memory."""
+    parameters = [nn.Parameter(torch.zeros(size, device=device)) for size in (25, 26, 5, 6)]
+    for parameter, dtype in zip(parameters, (torch.bfloat16, torch.float32) * 2, strict=True):
+        parameter.grad_dtype = None
+        parameter.grad = torch.full_like(parameter, 1.5 + rank, dtype=dtype)
+    memory = [parameter.grad.data_ptr() for parameter in parameters]
+    bucket = exchanges.GradientBucket(parameters)
+    bucket.send()
+    bucket.receive()
+    assert [parameter.grad.dtype for parameter in parameters] == [torch.bfloat16, torch.float32] * 2
+    assert [parameter.grad.data_ptr() for parameter in parameters] == memory
+    assert all((parameter.grad == 2.0).all() for parameter in parameters)
+
+
 def check_that_nothing_keeps_a_model_that_is_gone(device: torch.device) -> None:
     """Not even the hooks of its parameters, into which the collector does not see."""
     model = DataParallelModel(Toy().to(device))
@@ -107,6 +122,7 @@ def run_rank() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     exchanges.OWN_NUMEL = 25  # matrices in their own memory, vectors in a copy
     check_means(rank, device)
+    check_16_bit_gradients(rank, device)
     check_that_nothing_keeps_a_model_that_is_gone(device)
     dist.barrier()
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from colossal_ext import exchanges
-from colossal_ext.exchanges import in_parts, in_pieces, prepare_mean
+from colossal_ext.exchanges import by_dtype, in_parts, in_pieces, prepare_mean
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
@@ -27,6 +27,11 @@ def test_parts_hold_at_least_so_many_elements_and_the_last_what_is_left():
 def test_large_parameters_stand_alone_and_small_neighbours_together(monkeypatch):
     monkeypatch.setattr(exchanges, "OWN_NUMEL", 4)
     assert sizes(in_pieces(parameters(4, 1, 2, 5, 6, 3))) == [[4], [1, 2], [5], [6], [3]]
+
+
+def test_tensors_of_one_type_go_together_in_their_order() -> None:
+    tensors = [torch.tensor([i], dtype=dtype) for i, dtype in enumerate((torch.half, torch.float, torch.half))]
+    assert [[int(each) for each in alike] for alike in by_dtype(tensors)] == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize(

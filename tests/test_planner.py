@@ -91,11 +91,14 @@ def state_bytes(moment: str, **changes: Any) -> list[float]:
     return [getattr(predicted.device_bytes, name) / request.shape.num_params for name in STATES]
 
 
-def test_ddp_replicates_sixteen_bytes_a_parameter() -> None:
+def test_ddp_replicates_sixteen_bytes_a_parameter_and_fourteen_of_compiled_matrices() -> None:
     for precision in ("fp32", "bf16"):
         for world_size in (1, 2):
             states = state_bytes("backward", plugin="torch_ddp", precision=precision, world_size=world_size)
             assert states == [4, 4, 0, 8]
+    layers = shape_of("1.3b").layer_matrix_params / shape_of("1.3b").num_params
+    compiled = state_bytes("backward", plugin="torch_ddp", compiled=True, checkpointed_layers=24)
+    assert compiled == pytest.approx([4, 4 - 2 * layers, 0, 8])
     large = {"plugin": "torch_ddp", "compiled": True, "batch_size": 32, "block_size": 1024, "world_size": 2}
     assert state_bytes("loss", **large)[1:] == [0, 0, 8]
     assert state_bytes("loss", **large, accumulation_steps=2)[1:] == [4, 0, 8]
@@ -464,6 +467,7 @@ MEASURED_GIB = [
     ("6.7b", "hybrid_parallel", {"batch_size": 4}, 102.33),
     # Of several GPUs (2026-11-28), with what lay beside the allocator.
     ("1.3b", "torch_ddp", {"batch_size": 8, "world_size": 4}, 30.84),
+    ("1.3b", "torch_ddp", {"batch_size": 1, "world_size": 2}, 20.47),
     ("1.3b", "low_level_zero", {"batch_size": 8, "world_size": 4}, 19.04),
     ("1.3b", "hybrid_parallel", {"batch_size": 32, "world_size": 2, "tp": 2}, 41.56),
     ("30b", "hybrid_parallel", THIRTY_BILLION, 128.86),

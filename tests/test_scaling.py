@@ -18,8 +18,9 @@ from args import TrainArgs, problems
 from benchmarks import scaling as page
 from conftest import ROOT
 from opt_sizes import OPT_SHAPES
-from planner import GIB, PlanRequest, model_shape, stage_params
+from planner import GIB, PlanRequest, ddp_gradient_bytes, model_shape, stage_params
 from scaling import NIC_BYTES_S, NVLINK_BYTES_S, Group, Job, Machines, groups, predict
+from speed import matrix_share
 
 SHAPE = model_shape(OPT_SHAPES["1.3b"])
 
@@ -38,15 +39,27 @@ def test_one_gpu_computes_and_updates_and_waits_for_nobody(plugin):
 def test_one_gpu_reaches_the_share_of_the_ceiling_that_was_put_in():
     prediction = predict(request(), Machines(1))
     flops = 8 * 1024 * (6 * SHAPE.matrix_params + 6 * SHAPE.num_layers * SHAPE.hidden_size * 1024)
-    assert prediction.step.compute == pytest.approx(flops / (0.72 * 787e12))
+    assert prediction.step.compute == pytest.approx(flops / (0.70 * 787e12))
     assert prediction.mfu == pytest.approx(flops / prediction.step.total / 989.4e12)
     assert prediction.tokens_per_s == pytest.approx(8 * 1024 / prediction.step.total)
 
 
-# Measured on H200s of one machine, 2026-11-27 and 28 (docs/scaling.md), 1.3b: tokens/s. The rates are fitted to these.
+SIX, THIRTEEN = (
+    {"shape": model_shape(OPT_SHAPES[size]), "batch_size": 4, "gpu_gib": 139.8, "zero_stage": 0}
+    for size in ("6.7b", "13b")
+)
+# Measured on H200s of one machine, 2026-11-27 and 28 (docs/scaling.md), 1.3b unless it says otherwise: tokens/s. The rates
+# are fitted to these.
 MEASURED = [
     ("low_level_zero", 1, {}, 62_400),
-    ("torch_ddp", 1, {}, 58_300),
+    ("torch_ddp", 1, {}, 60_374),
+    ("torch_ddp", 2, {}, 114_670),
+    ("torch_ddp", 1, SIX, 12_273),
+    ("low_level_zero", 2, SIX, 25_561),
+    ("low_level_zero", 2, THIRTEEN, 13_464),
+    ("gemini", 2, SIX, 21_215),
+    ("gemini", 2, THIRTEEN, 11_180),
+    ("hybrid_parallel", 2, {**SIX, "tp": 2, "batch_size": 8}, 24_110),
     ("gemini", 1, {}, 53_400),
     ("gemini", 2, {}, 92_753),
     ("gemini", 4, {}, 196_005),
@@ -58,16 +71,15 @@ MEASURED = [
         78_408,
     ),
     ("low_level_zero", 4, {}, 243_692),
-    ("torch_ddp", 4, {}, 220_221),
     ("hybrid_parallel", 2, {"tp": 2, "batch_size": 32, "zero_stage": 0}, 98_208),
     ("hybrid_parallel", 4, {"tp": 2, "batch_size": 16, "zero_stage": 0}, 180_811),
 ]
 
 
 @pytest.mark.parametrize(("plugin", "gpus", "changes", "tokens_per_s"), MEASURED)
-def test_what_was_measured_is_met_within_15_percent(plugin, gpus, changes, tokens_per_s):
+def test_what_was_measured_is_met_within_10_percent(plugin, gpus, changes, tokens_per_s):
     prediction = predict(request(plugin, gpus, **changes), Machines(gpus))
-    assert prediction.tokens_per_s == pytest.approx(tokens_per_s, rel=0.15)
+    assert prediction.tokens_per_s == pytest.approx(tokens_per_s, rel=0.10)
 
 
 # Four H200, 2026-11-28, batch 4 a GPU: tokens/s, GiB allocated (benchmarks/results/gpus.md).
@@ -178,8 +190,12 @@ def test_gradients_hide_behind_a_long_backward_pass_but_for_the_last_bucket(monk
     short, long = (
         predict(request("torch_ddp", world_size=8, batch_size=rows), Machines(1, 8)).step for rows in (1, 512)
     )
-    whole_s = Group(8, 1).all_reduce_s(4 * SHAPE.num_params)
-    assert long.gradients == pytest.approx(whole_s * SHAPE.vocab_size * SHAPE.embed_dim / SHAPE.num_params)
+    # Those of compiled matrices have 16 bits, the last bucket, the embedding's, 32.
+    whole_s, last_s = (
+        Group(8, 1).all_reduce_s(num_bytes)
+        for num_bytes in (ddp_gradient_bytes(request("torch_ddp")), 4 * SHAPE.vocab_size * SHAPE.embed_dim)
+    )
+    assert long.gradients == pytest.approx(last_s)
     assert short.gradients == pytest.approx(whole_s - short.compute * 2 / 3, rel=0.1)
 
 
@@ -208,7 +224,8 @@ def test_tensor_parallelism_waits_four_times_a_layer_and_halves_the_rest(monkeyp
     both = predict(request("hybrid_parallel", 2, tp=2, zero_stage=0), Machines(2)).step
     num_bytes = 4 * SHAPE.num_layers * 8 * 1024 * SHAPE.hidden_size * 2
     assert both.layers == pytest.approx(num_bytes / NVLINK_BYTES_S[2])
-    slower = scaling.COMPILED_SHARE["hybrid_parallel"] / scaling.DIVIDED_SHARE
+    slower = matrix_share(SHAPE.hidden_size) / matrix_share(SHAPE.hidden_size, tp=2)
+    assert slower > 1.1
     assert both.compute == pytest.approx(slower * alone.compute / 2)
     assert both.update == pytest.approx(alone.update / 2, rel=0.01)
 
