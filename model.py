@@ -272,7 +272,9 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None, *, keeps_products: bool = False) -> None:
+def compile_layers(
+    model: Any, groups: Iterable[Sequence[Any]] | None = None, *, gradient_dtype: torch.dtype | None = None
+) -> None:
     """Compile the decoder layers and the loss in place, so that parameter names stay.
 
     One graph serves all layers, or all groups of one size. Compiled as a whole the model is slower (125m, batch 32, one
@@ -280,10 +282,10 @@ def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None, *,
 
     Args:
         groups: layers that are compiled together; None: each by itself.
-        keeps_products: under autocast their matrices have 16-bit gradients.
+        gradient_dtype: of the layers' matrices, under autocast to it; None: that of the weights.
     """
+    from colossal_ext.gradient_types import keep_16_bit_gradients
     from colossal_ext.layer_groups import compile_together
-    from colossal_ext.uncast_gradients import keep_products
 
     # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run. Nor are
     # matrix products padded then, of which those of OPT need none.
@@ -291,7 +293,7 @@ def compile_layers(model: Any, groups: Iterable[Sequence[Any]] | None = None, *,
     # Tensor-parallel ranks make weights' gradients while they add up those of a layer's input.
     torch._inductor.config.reorder_for_compute_comm_overlap = True
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
-    keep_products(decoder_layers(model) if keeps_products else ())
+    keep_16_bit_gradients(decoder_layers(model) if gradient_dtype else (), gradient_dtype or torch.float32)
     for group in groups or [(layer,) for layer in decoder_layers(model)]:
         compile_together(group)
     model.loss_function = torch.compile(model.loss_function)

@@ -380,8 +380,8 @@ def layers_per_graph(
     return min(SMALL_GRAPH_LAYERS, room) if is_small and plugin != "gemini" and not updates_between else 1
 
 
-def keeps_products(plugin: str, precision: str, *, compiled: bool, accumulates: bool) -> bool:
-    """Return whether matrices of the layers have 16-bit gradients beside fp32 weights: colossal_ext/uncast_gradients.py.
+def has_16_bit_gradients(plugin: str, precision: str, *, compiled: bool, accumulates: bool) -> bool:
+    """Return whether matrices of layers have 16-bit gradients beside fp32 weights: colossal_ext/gradient_types.py.
 
     Those of micro-batches are summed in fp32, and fp16's are unscaled in it.
     """
@@ -421,14 +421,17 @@ def _states(request: PlanRequest) -> States:
 
 
 def _ddp_states(request: PlanRequest) -> States:
-    """DDP replicates 16 bytes a parameter, 14 of most that are compiled; gradients are exchanged where they are (colossal_ext/data_parallel.py)."""
+    """DDP replicates 16 bytes a parameter, 14 where its gradient has 16 bits (`has_16_bit_gradients`).
+
+    Gradients are exchanged where they are: colossal_ext/data_parallel.py.
+    """
     p, gradients = stage_params(request), ddp_gradient_bytes(request)
     return States(4 * p, gradients * int(request.accumulates), gradients, gradients, 0, 8 * p, 0)
 
 
 def ddp_gradient_bytes(request: PlanRequest) -> int:
     """Return the bytes of all gradients of a replica under torch_ddp."""
-    has_16_bits = keeps_products(
+    has_16_bits = has_16_bit_gradients(
         request.plugin, request.precision, compiled=request.compiled, accumulates=request.accumulates
     )
     return 4 * stage_params(request) - 2 * request.shape.layer_matrix_params * int(has_16_bits)

@@ -48,9 +48,9 @@ SHARE_OF_PLUGIN = {"gemini": 0.94, "torch_ddp_fp16": 0.86}
 # Pipelines: 13b and 30b under tp 2 x pp 2 and pp 4 on four H200, 1F1B and interleaved, 3 % to either side (2026-11-28).
 PIPELINE_SHARE = 0.78
 EAGER_SHARE = 0.5  # ASSUMPTION
-# Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200; LowLevelZero,
-# which exchanges half as much: 6.7b and 13b on 4 (2026-11-28); small buckets: PyTorch's DDP of 1.3b on 2 and 4 (2026-11-27).
-# hybrid_parallel without ZeRO: with MATRIX_SHARE.
+# Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200 with fp32
+# gradients, on 2 with 16-bit ones; LowLevelZero, half of whose exchange is in the forward pass: 6.7b and 13b on 4
+# (2026-11-28); small buckets: PyTorch's DDP of 1.3b on 2 and 4 (2026-11-27). hybrid_parallel without ZeRO: with MATRIX_SHARE.
 BESIDE_NCCL = {"low_level_zero": 1.04, "torch_ddp": 1.08, "torch_ddp_fp16": 1.08, "hybrid_parallel": 1.08}
 BESIDE_SMALL_BUCKETS = 1.13
 # Forward passes made again, over what their operations would take at that rate: 6.7b, batch 4, on one H200 407.7 for 316.3
@@ -250,7 +250,7 @@ def _is_own_exchange(request: PlanRequest) -> bool:
 def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s: float) -> tuple[float, float]:
     """Return the seconds in which the GPU waits for gradients, and for parameters.
 
-    torch_ddp all-reduces 16-bit gradients of compiled matrices and fp32 ones, the others 16-bit ones; LowLevelZero and Gemini scatter them. ZeRO gathers the
+    torch_ddp all-reduces fp32 gradients, but those of compiled matrices, and the others 16-bit ones; LowLevelZero and Gemini scatter them. ZeRO gathers the
     new 16-bit parameters: LowLevelZero in the next forward pass, which hides it, hybrid_parallel after the update.
     Gemini gathers every chunk for the forward pass, and again for the backward pass, and by default fetches none ahead.
     A pipeline exchanges gradients when its last micro-batch is done.

@@ -28,11 +28,12 @@ PLUGIN_SPEED = {
 # Estimates.
 OTHER_ZERO_SPEED, OTHER_ZERO_LAUNCHES = 0.8, 1.4
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200. torch_ddp and low_level_zero in
-# one call (2026-11-28), without the update 138.0 ms a step to 125.1 (with 16-bit gradients, on two in calls of their own,
-# 132.9 to 122.1: 0.919) and 130.6 to 119.8; gemini so that with the update it
+# one call (2026-11-28), without the update 138.0 ms a step to 125.1 and 130.6 to 119.8; gemini so that with the update it
 # takes what it took beside torch_ddp in another (2026-11-27), 193,136 to 211,190 tokens/s;
 # hybrid_parallel's is what tp 2 x dp 2, compiled, 181.2 ms to 131.0 on one, leaves beside its layers' exchanges and
 # MATRIX_SHARE. The torch_ddp beside gemini was PyTorch's DDP, 0.886 here.
+# torch_ddp's gradients were fp32 then. With 16 bits it took 142.9 ms on two GPUs and 132.2 on one of two in another call, with
+# an update of about 10: 0.92; not measured on four.
 EXCHANGE_SPEED = {
     "torch_ddp": 0.907,
     "torch_ddp_fp16": 0.907,
@@ -40,7 +41,7 @@ EXCHANGE_SPEED = {
     "gemini": 0.763,
     "hybrid_parallel": 0.91,
 }
-# Share of an H100's bf16 FLOP/s that compiled layers reach, by the width of a square matrix as large as what a GPU has of
+# Share of an H100's 787 TFLOP/s (scaling.MATRIX_FLOPS) that compiled layers reach, by the width of a square matrix as large as what a GPU has of
 # one, hidden size / sqrt(tp), on one and two H200 (2026-11-27 and 28): 125m, 1.3b under tp 2, 1.3b, 6.7b under tp 2; 6.7b
 # and 13b whole lie 2 % to either side of the last.
 MATRIX_SHARE = {768: 0.535, 1448: 0.60, 2048: 0.70, 2896: 0.765}
@@ -202,7 +203,7 @@ def step_time(work: Work) -> StepTime:
 
 
 def matrix_share(hidden_size: int, *, tp: int = 1) -> float:
-    """Return the share of the GPU's FLOP/s that layers of this width, divided by `tp`, reach: between those measured."""
+    """Return MATRIX_SHARE of layers of this width divided by `tp`, between those measured in proportion to its logarithm."""
     width = hidden_size / math.sqrt(tp)
     widths = sorted(MATRIX_SHARE)
     if width >= widths[-1]:

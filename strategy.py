@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from args import TrainArgs, model_chunks, pipeline_microbatches
 from model import compile_layers, decoder_layers
-from planner import Place, keeps_products, layers_per_graph
+from planner import Place, has_16_bit_gradients, layers_per_graph
 from runtime import Runtime, quiet_colossalai
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Engine:
         """Hand model, optimizer and schedule to the plugin, which shards them."""
         groups = self._layer_groups(model)
         if self.args.compile == "on":
-            compile_layers(model, groups, keeps_products=self._keeps_products)
+            compile_layers(model, groups, gradient_dtype=torch.bfloat16 if self._has_16_bit_gradients else None)
         if self.args.plugin == "gemini":
             _hook_layers(model)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
@@ -113,9 +113,9 @@ class Engine:
         return list(in_groups(decoder_layers(model), _layers_per_graph(self.args, self.workload) if in_turn else 1))
 
     @property
-    def _keeps_products(self) -> bool:
+    def _has_16_bit_gradients(self) -> bool:
         args = self.args
-        return keeps_products(
+        return has_16_bit_gradients(
             args.plugin,
             args.precision,
             compiled=args.compile == "on",
@@ -233,7 +233,8 @@ class Engine:
             self.optimizer.unscale_grad()
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = global_norm([parameter.grad for parameter in parameters])
-        if has_scaler or (self.runtime.on_cpu and not self._keeps_products):
+        # In place 16-bit gradients would be rounded once more; fp32 ones a host's kernel takes as they are.
+        if has_scaler or (self.runtime.on_cpu and not self._has_16_bit_gradients):
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
             self.optimizer.step()
         else:  # the kernel divides: neither a pass over the gradients nor a wait for the norm

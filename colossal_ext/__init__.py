@@ -12,6 +12,7 @@ gemini_overflow    Gemini, fp16, accumulation: training goes on after an overflo
 gemini_layers      Gemini's hooks once a decoder layer, around a compiled graph
 gemini_chunks      chunk sizes that shard a model of any size
 layer_groups       decoder layers compiled several at a time
+gradient_types     16-bit gradients beside fp32 weights, in compiled layers
 opt_policy         tensor and pipeline parallel OPT (custom_policy)
 vocab_parallel     cross entropy over a sharded vocabulary
 parallel_linear    divided linear layers that torch.compile takes into one graph

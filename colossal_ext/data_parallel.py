@@ -72,7 +72,7 @@ class DataParallelModel(ModelWrapper):
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._buckets = list[GradientBucket]()
         if self._exchanges:
-            item_bytes = min((_gradient_bytes(parameter) for parameter in parameters), default=4)
+            item_bytes = min(((each.grad_dtype or each.dtype).itemsize for each in parameters), default=4)
             least = min(BUCKET_BYTES // item_bytes, sum(parameter.numel() for parameter in parameters) // BUCKETS)
             self._buckets += (GradientBucket(part, group) for part in in_parts(reversed(parameters), least))
             _take_from_the_first(module, group)
@@ -124,11 +124,6 @@ class DataParallelModel(ModelWrapper):
         for bucket in self._buckets:
             bucket.receive()
         self._next, self._is_in_backward = 0, False
-
-
-def _gradient_bytes(parameter: nn.Parameter) -> int:
-    """Return the bytes of a gradient's number: of any type, it has 16 bits (colossal_ext/uncast_gradients.py)."""
-    return parameter.element_size() if parameter.grad_dtype else 2
 
 
 @torch.no_grad()

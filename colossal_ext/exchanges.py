@@ -37,7 +37,7 @@ def in_pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]
 
 
 def by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the tensors of each type, which one collective or one kernel can take, in the order of the first of each."""
+    """Return the tensors in groups of one type, as collectives and kernels take them, in the order in which types appear."""
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     return [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in dtypes]
 
@@ -93,7 +93,7 @@ class GradientBucket:
 
     @torch.no_grad()
     def send(self) -> None:
-        """Begin to make the mean of the gradients that are there."""
+        """Begin to make the mean of the gradients that are there; small neighbours of both types go in fp32."""
         self.num_missing = len(self.parameters)
         sent = []
         for piece in self._pieces:

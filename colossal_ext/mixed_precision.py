@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 
 class AutocastPrecision(MixedPrecision):
-    """Runs the forward under `torch.autocast`, with fp32 weights, gradients and optimizer states.
+    """Runs the forward under `torch.autocast`, with fp32 weights and optimizer states, and fp32 gradients by default.
 
     Unlike ColossalAI's own "fp16" it leaves the boosted model's class alone, so that no_sync and checkpoints work,
     runs on CPU and CUDA alike, and `clip_grad_by_norm` returns the norm. "bf16" does not exist there.
