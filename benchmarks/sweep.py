@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -94,14 +95,14 @@ class Sweep:
 
     def run(self) -> int:
         """Do the pending runs and return the exit code: 1 where no cell is ok, 130 after Ctrl-C."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
+        _on_interrupt(_interrupt)
         code = 0
         try:
             self.measure_all()
         except KeyboardInterrupt as interrupt:
             code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
             print("interrupted; the same command goes on from here", file=sys.stderr)
+        _on_interrupt(signal.SIG_DFL)  # what is written from here on the same command writes anew
         rows = self.rows()
         table.write(rows, self.runs(), self.settings.folder)
         print((self.settings.folder / "table.md").read_text(), end="")
@@ -156,7 +157,12 @@ class Sweep:
         return table.with_relative_speed(rows, self.settings.cells[0].plugin)
 
 
-def _interrupt(number: int, frame: object) -> None:
+def _on_interrupt(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 

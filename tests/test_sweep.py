@@ -175,6 +175,20 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on_there(bench: Ben
     assert (bench.states, bench.calls) == ({1: "ok", 2: "ok", 3: "ok"}, [2, 3])
 
 
+def test_ctrl_c_while_pictures_are_drawn_ends_at_once_and_the_same_command_draws_them(bench: Bench) -> None:
+    slow, began = bench.folder / "slow", bench.folder / "began"
+    slow.mkdir()
+    slow.joinpath("matplotlib.py").write_text(f"import time\nopen({str(began)!r}, 'w')\ntime.sleep(60)\n")
+    process = bench.start(BATCH_SIZES="1", PYTHONPATH=str(slow))
+    wait_for(began.exists)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in errors, errors
+    assert bench.states == {1: "ok"} and not (bench.out / "report.html").exists()
+    assert bench.run(BATCH_SIZES="1")[0] == 0 and (bench.out / "report.html").exists()
+    assert bench.calls == [1]
+
+
 def test_a_finished_sweep_does_nothing_more_unless_forced_or_asked_something_else(bench: Bench) -> None:
     lists = {"BATCH_SIZES": "1 2", "HARM": '{"2": "oom"}'}
     bench.run(**lists)
