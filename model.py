@@ -284,7 +284,7 @@ def compile_layers(
         groups: layers that are compiled together; None: each by itself.
         gradient_dtype: of the layers' matrices, under autocast to it; None: that of the weights.
     """
-    from colossal_ext.gradient_types import keep_16_bit_gradients
+    from colossal_ext.gradient_types import set_gradient_dtype
     from colossal_ext.layer_groups import compile_together
 
     # Which kernel sums fastest is not to be found by timing: the choice would change the last bits from run to run. Nor are
@@ -293,7 +293,7 @@ def compile_layers(
     # Tensor-parallel ranks make weights' gradients while they add up those of a layer's input.
     torch._inductor.config.reorder_for_compute_comm_overlap = True
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
-    keep_16_bit_gradients(decoder_layers(model) if gradient_dtype else (), gradient_dtype or torch.float32)
+    set_gradient_dtype(decoder_layers(model), gradient_dtype)
     for group in groups or [(layer,) for layer in decoder_layers(model)]:
         compile_together(group)
     model.loss_function = torch.compile(model.loss_function)

@@ -250,8 +250,8 @@ def _is_own_exchange(request: PlanRequest) -> bool:
 def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s: float) -> tuple[float, float]:
     """Return the seconds in which the GPU waits for gradients, and for parameters.
 
-    torch_ddp all-reduces fp32 gradients, but those of compiled matrices, and the others 16-bit ones; LowLevelZero and Gemini scatter them. ZeRO gathers the
-    new 16-bit parameters: LowLevelZero in the next forward pass, which hides it, hybrid_parallel after the update.
+    torch_ddp all-reduces fp32 gradients, but those of compiled matrices, and the others 16-bit ones; LowLevelZero and
+    Gemini scatter them. ZeRO gathers the new 16-bit parameters: LowLevelZero in the next forward pass, which hides it, hybrid_parallel after the update.
     Gemini gathers every chunk for the forward pass, and again for the backward pass, and by default fetches none ahead.
     A pipeline exchanges gradients when its last micro-batch is done.
     """

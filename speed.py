@@ -6,6 +6,7 @@ mean something, and less where the host is slower or faster beside its GPU.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -41,9 +42,9 @@ EXCHANGE_SPEED = {
     "gemini": 0.763,
     "hybrid_parallel": 0.91,
 }
-# Share of an H100's 787 TFLOP/s (scaling.MATRIX_FLOPS) that compiled layers reach, by the width of a square matrix as large as what a GPU has of
-# one, hidden size / sqrt(tp), on one and two H200 (2026-11-27 and 28): 125m, 1.3b under tp 2, 1.3b, 6.7b under tp 2; 6.7b
-# and 13b whole lie 2 % to either side of the last.
+# Share of an H100's 787 TFLOP/s (scaling.MATRIX_FLOPS) that compiled layers reach, by the width of a square matrix as large
+# as what a GPU has of one, hidden size / sqrt(tp), on one and two H200 (2026-11-27 and 28): 125m, 1.3b under tp 2, 1.3b,
+# 6.7b under tp 2; 6.7b and 13b whole lie 2 % to either side of the last.
 MATRIX_SHARE = {768: 0.535, 1448: 0.60, 2048: 0.70, 2896: 0.765}
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
@@ -203,15 +204,11 @@ def step_time(work: Work) -> StepTime:
 
 
 def matrix_share(hidden_size: int, *, tp: int = 1) -> float:
-    """Return MATRIX_SHARE of layers of this width divided by `tp`, between those measured in proportion to its logarithm."""
-    width = hidden_size / math.sqrt(tp)
-    widths = sorted(MATRIX_SHARE)
-    if width >= widths[-1]:
-        return MATRIX_SHARE[widths[-1]]
-    above = max(1, next(place for place, each in enumerate(widths) if width < each))
-    low, high = widths[above - 1], widths[above]
-    part = max(0.0, math.log(width / low) / math.log(high / low))
-    return MATRIX_SHARE[low] + part * (MATRIX_SHARE[high] - MATRIX_SHARE[low])
+    """Return the share of layers of this width divided by `tp`: linear in its logarithm between those measured."""
+    width = min(max(hidden_size / math.sqrt(tp), min(MATRIX_SHARE)), max(MATRIX_SHARE))
+    points = itertools.pairwise(MATRIX_SHARE.items())
+    (low, share_low), (high, share_high) = next(pair for pair in points if width <= pair[1][0])
+    return share_low + (share_high - share_low) * math.log(width / low) / math.log(high / low)
 
 
 def stage_imbalance(shape: MatrixShape, stages: int) -> float:

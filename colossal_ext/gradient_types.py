@@ -16,14 +16,19 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 
-def keep_16_bit_gradients(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Give the matrices of layers gradients of `dtype`, in which their graphs will return them. No layers: none.
+def set_gradient_dtype(layers: Iterable[nn.Module], dtype: torch.dtype | None) -> None:
+    """Give the matrices of layers gradients of a 16-bit `dtype`, in which their graphs will return them.
 
     A matrix of several layers is left out: its gradients are summed. What is not compiled autograd casts to `dtype`.
     Graphs are the process's: its next models' are made so, too, which costs a cast and changes no number.
+
+    Args:
+        dtype: None: that of the weights, in the next models' graphs as well.
     """
+    torch._inductor.config.post_grad_custom_post_pass = UncastProducts() if dtype else None
+    if dtype is None:
+        return
     uses = Counter(each for layer in layers for each in layer.parameters() if each.ndim >= 2)
-    torch._inductor.config.post_grad_custom_post_pass = UncastProducts() if uses else None
     for matrix, number in uses.items():
         if number == 1:
             matrix.grad_dtype = dtype

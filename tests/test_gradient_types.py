@@ -16,7 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import strategy
 from args import TrainArgs
-from colossal_ext.gradient_types import keep_16_bit_gradients
+from colossal_ext.gradient_types import set_gradient_dtype
 from colossal_ext.mixed_precision import autocast_forward
 from model import compile_layers, decoder_layers, parameter_groups, recompute_layers
 from planner import has_16_bit_gradients
@@ -85,7 +85,7 @@ class Head(nn.Module):
 def test_graphs_cast_what_a_forward_pass_returns_and_autograd_what_else_is_wanted_in_fp32() -> None:
     torch._dynamo.reset()
     head, other = Head(), Head()
-    keep_16_bit_gradients([head], BF16)
+    set_gradient_dtype([head], BF16)
     values = torch.ones(2, 8, requires_grad=True)
     for model in (head, other):
         model.compile()
@@ -100,7 +100,7 @@ def test_graphs_cast_what_a_forward_pass_returns_and_autograd_what_else_is_wante
 def test_a_gradient_has_its_type_without_a_graph_and_is_fp32_where_layers_share_it() -> None:
     first, second = Head(), Head()
     second.extra = first.extra = nn.Parameter(torch.ones(4, 4))
-    keep_16_bit_gradients([first, second], BF16)
+    set_gradient_dtype([first, second], BF16)
     (first(torch.ones(2, 8)) @ first.extra).sum().backward()
     assert (first.linear.weight.grad.dtype, first.extra.grad.dtype) == (BF16, FP32)
 
