@@ -181,6 +181,16 @@ GPUS_CONTESTANTS = (
     ),
     _ours("hybrid_parallel", "--pp", "4", *INTERLEAVED, "2", name="hybrid_pp4_interleaved", min_gpus=4),
     _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, "4", name="hybrid_interleaved_4", min_gpus=4),
+    _ours(
+        "hybrid_parallel",
+        *TP2_PP2,
+        *INTERLEAVED,
+        "10",
+        "--num_microbatches",
+        "2",
+        name="hybrid_interleaved_10",
+        min_gpus=4,
+    ),
 )
 LARGEST_CONTESTANTS = (
     *(each for each in GPUS_CONTESTANTS if each.name not in ("torch_ddp", "low_level_zero")),
