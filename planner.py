@@ -468,12 +468,13 @@ def _low_level_zero_states(request: PlanRequest) -> States:
 
     One rank keeps gradients in place. Updated in the backward pass, they are gone at its end but for those collected
     for the next launch, and the embedding's, which come last. On several ranks (colossal_ext/sharded_zero.py) they are
-    divided in the backward pass, bucket by bucket; the last one is the embedding.
+    divided in the backward pass, bucket by bucket; the last one is the embedding. Updated there, the shares become the new
+    weights, which wait for the next forward pass.
     """
     shape, item, dp = request.shape, request.item_bytes, request.dp_size
     p, on_device = shape.num_params, 1 - _local_offload(request)
     embedding = shape.vocab_size * shape.embed_dim
-    shares = 0 if request.step_in_backward else item * p // dp
+    shares = 0 if request.step_in_backward and dp == 1 else item * p // dp
     if dp > 1:
         bucket = min(EXCHANGE_ELEMENTS, p // BUCKETS)
         gradients = shares + item * (EXCHANGES * (bucket + bucket // dp) + embedding)
@@ -655,7 +656,10 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
         communication_buffers=states.communication,
         framework=0 if request.on_cpu else framework_bytes(request.plugin, request.world_size, request.tp, request.pp),
     )
-    at_loss = replace(fixed, gradients=states.kept_gradients, activations=activations.saved, logits=activations.logits)
+    # Of a pipeline with a piece a stage only the first part has made gradients while all pieces are under way.
+    one_round = request.num_microbatches == request.pp and not request.accumulates
+    kept = states.kept_gradients // (request.pp_chunks if one_round else 1)
+    at_loss = replace(fixed, gradients=kept, activations=activations.saved, logits=activations.logits)
     first_layer = replace(at_loss, activations=activations.saved + activations.first_layer, logits=0)
     last_layer = replace(
         fixed, gradients=states.gradients + _graph_gradients(request), activations=activations.last_layer
@@ -872,6 +876,7 @@ def work(request: PlanRequest) -> Work:
     states = stage_params(request) / shared
     on_host = request.offload_optim_frac * states
     num_bytes, calls = layer_exchanges(request)
+    stage_bytes, stage_rounds = stage_exchanges(request)
     return Work(
         shape=request.shape,
         plugin=request.plugin,
@@ -895,6 +900,8 @@ def work(request: PlanRequest) -> Work:
         layers_per_graph=_request_layers_per_graph(request),
         layer_bytes=2 * (request.tp - 1) / request.tp * num_bytes,
         layer_rounds=2 * calls * math.log2(request.tp),
+        stage_bytes=stage_bytes,
+        stage_rounds=stage_rounds,
     )
 
 
@@ -904,6 +911,15 @@ def layer_exchanges(request: PlanRequest) -> tuple[float, int]:
     tokens = request.batch_size * request.block_size * request.accumulation_steps
     calls = math.ceil(layers * request.num_microbatches * request.accumulation_steps)
     return layers * tokens * request.shape.hidden_size * request.item_bytes, calls
+
+
+def stage_exchanges(request: PlanRequest) -> tuple[float, int]:
+    """Return bytes and number of what a stage sends in a step: each part's outputs on, and gradients back."""
+    if request.pp == 1:
+        return 0.0, 0
+    passes = 2 * request.pp_chunks * request.accumulation_steps
+    num_bytes = request.batch_size * request.block_size * request.shape.hidden_size * request.item_bytes
+    return passes * num_bytes, passes * request.num_microbatches
 
 
 def _splits(args: TrainArgs, gpu_gib: float | None) -> list[int]:
@@ -982,8 +998,9 @@ def _chunk_choices(args: TrainArgs, shape: ModelShape) -> list[int]:
 
 
 def chunk_numbers(shape: ModelShape, pp: int) -> list[int]:
-    """Return the numbers of parts of as many layers each that a stage of an interleaved pipeline may have: of 2 and 4."""
-    return [number for number in (2, 4) if shape.num_layers % (number * pp) == 0]
+    """Return the numbers of parts of as many layers each that a stage of an interleaved pipeline may have."""
+    layers, rest = divmod(shape.num_layers, pp)
+    return [] if rest else [number for number in range(2, layers + 1) if layers % number == 0]
 
 
 def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:

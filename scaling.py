@@ -22,12 +22,14 @@ from planner import (
     layer_exchanges,
     layouts,
     plan,
+    stage_exchanges,
     stage_params,
 )
 from speed import (
     COMPILED_LAYER_S,
     EAGER_LAYER_S,
     LATENCY_S,
+    MATRIX_SHARE,
     NVLINK_BYTES_S,
     SUM_PARAMETER_S,
     matrix_share,
@@ -45,7 +47,8 @@ PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
 # Of the share of MATRIX_FLOPS that compiled layers reach (speed.MATRIX_SHARE) these plugins have a part: gemini between 0.87
 # of 1.3b and all of 6.7b, 13b and 30b, torch_ddp_fp16 125m's ratio (2026-11-27 and 28).
 SHARE_OF_PLUGIN = {"gemini": 0.94, "torch_ddp_fp16": 0.86}
-# Pipelines: 13b and 30b under tp 2 x pp 2 and pp 4 on four H200, 1F1B and interleaved, 3 % to either side (2026-11-28).
+# Pipelines of wide matrices: 13b and 30b under tp 2 x pp 2 and pp 4 on four H200, 1F1B and interleaved, 3 % to either side
+# (2026-11-28).
 PIPELINE_SHARE = 0.78
 EAGER_SHARE = 0.5  # ASSUMPTION
 # Compiled layers take this much longer while NCCL's kernels share GPU and memory: torch_ddp, 1.3b on 4 H200 with fp32
@@ -132,6 +135,7 @@ class Step:
     """Seconds of one step in which the GPU computes, or waits for what is named.
 
     Args:
+        compute: with what the GPU waits for the host to launch it.
         bubble: stages of a pipeline that have no micro-batch.
         layers: all-reduces of tensor parallelism.
         stages: activations and their gradients, between stages.
@@ -185,9 +189,11 @@ def predict(request: PlanRequest, machines: Machines) -> Prediction:
 def _step(request: PlanRequest, machines: Machines) -> Step:
     along = groups(request, machines)
     forward_s, backward_s = _compute_s(request)
-    compute_s = forward_s + backward_s
-    gradients_s, weights_s = _exchange_s(request, along["dp"], forward_s, backward_s)
     layers_s = _layers_s(request, along["tp"])
+    # The GPU is done with a piece before the host has launched the next one.
+    waits_s = max(0.0, _launches_s(request) - forward_s - backward_s - layers_s)
+    compute_s = forward_s + backward_s + waits_s
+    gradients_s, weights_s = _exchange_s(request, along["dp"], forward_s, backward_s)
     stages_s = _stages_s(request, along["pp"])
     # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works; with v chunks a v-th of that.
     idle = (request.pp - 1) / (request.num_microbatches * request.pp_chunks)
@@ -215,17 +221,17 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
     sums_s = (request.num_microbatches - 1) * stage_params(request) * SUM_PARAMETER_S
     backward_s = 2 * forward_s + recompute_s + sums_s
-    waits = max(1.0, _launches_s(request) / (forward_s + backward_s))
-    return forward_s * waits, backward_s * waits
+    return forward_s, backward_s
 
 
 def _matrix_share(request: PlanRequest) -> float:
     """Return the share of MATRIX_FLOPS that forward and backward pass reach."""
     if not request.compiled:
         return EAGER_SHARE
+    share = matrix_share(request.shape.hidden_size, tp=request.tp)
     if request.pp > 1:
-        return PIPELINE_SHARE
-    return matrix_share(request.shape.hidden_size, tp=request.tp) * SHARE_OF_PLUGIN.get(request.plugin, 1.0)
+        return PIPELINE_SHARE * share / max(MATRIX_SHARE.values())
+    return share * SHARE_OF_PLUGIN.get(request.plugin, 1.0)
 
 
 def _launches_s(request: PlanRequest) -> float:
@@ -285,9 +291,9 @@ def _stages_s(request: PlanRequest, group: Group) -> float:
     """Return the seconds in which a stage sends its chunks' outputs on and gradients back, for every micro-batch."""
     if group.size == 1:
         return 0.0
-    num_bytes = 2 * request.batch_size * request.block_size * request.shape.hidden_size * request.item_bytes
+    num_bytes, calls = stage_exchanges(request)
     link = NIC_BYTES_S if group.size > group.local else NVLINK_BYTES_S[2]
-    return request.pp_chunks * (num_bytes / link + 2 * request.num_microbatches * LATENCY_S)
+    return num_bytes / link + calls * LATENCY_S
 
 
 def _host_s(request: PlanRequest, num_params: float, ranks: int) -> float:

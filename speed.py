@@ -29,16 +29,14 @@ PLUGIN_SPEED = {
 # Estimates.
 OTHER_ZERO_SPEED, OTHER_ZERO_LAUNCHES = 0.8, 1.4
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200. torch_ddp and low_level_zero in
-# one call (2026-11-28), without the update 138.0 ms a step to 125.1 and 130.6 to 119.8; gemini so that with the update it
+# one call (2026-11-28), without the update 131.8 ms a step to 119.8 and 127.4 to 117.1; gemini so that with the update it
 # takes what it took beside torch_ddp in another (2026-11-27), 193,136 to 211,190 tokens/s;
 # hybrid_parallel's is what tp 2 x dp 2, compiled, 181.2 ms to 131.0 on one, leaves beside its layers' exchanges and
 # MATRIX_SHARE. The torch_ddp beside gemini was PyTorch's DDP, 0.886 here.
-# torch_ddp's gradients were fp32 then. With 16 bits it took 142.9 ms on two GPUs and 132.2 on one of two in another call, with
-# an update of about 10: 0.92; not measured on four.
 EXCHANGE_SPEED = {
-    "torch_ddp": 0.907,
-    "torch_ddp_fp16": 0.907,
-    "low_level_zero": 0.917,
+    "torch_ddp": 0.909,
+    "torch_ddp_fp16": 0.909,
+    "low_level_zero": 0.919,
     "gemini": 0.763,
     "hybrid_parallel": 0.91,
 }
@@ -101,6 +99,7 @@ class Work:
         compiled: its layers, of which `layers_per_graph` share a graph.
         layer_bytes, layer_rounds: that pass a GPU's link in all-reduces of divided layers, and how often these wait for
             LATENCY_S: each to scatter and to gather, by the logarithm of the GPUs that it connects.
+        stage_bytes, stage_rounds: the same of what a stage of a pipeline sends on and back.
     """
 
     shape: MatrixShape
@@ -125,6 +124,8 @@ class Work:
     layers_per_graph: int = 1
     layer_bytes: float = 0.0
     layer_rounds: float = 0.0
+    stage_bytes: float = 0.0
+    stage_rounds: float = 0.0
 
     @property
     def bubble(self) -> float:
@@ -139,7 +140,7 @@ class StepTime:
     Args:
         compute: forward, backward and the GPU's own update.
         recompute: forward of the recomputed layers once more.
-        exchanges: between the GPUs that share a layer; nothing hides them.
+        exchanges: between the GPUs that share a layer, and between stages; nothing hides them.
         bubble: stages of a pipeline wait for the first and the last piece.
         micro_batches: what accumulation adds.
         host: the GPU waits for the host's updates and parameters.
@@ -163,7 +164,7 @@ class StepTime:
         parts = {
             "compute": self.compute,
             "recompute": self.recompute,
-            "divided layers' exchanges": self.exchanges,
+            "exchanges within the model": self.exchanges,
             "the pipeline's bubble": self.bubble,
             "accumulation": self.micro_batches,
             "waiting for the host": self.host,
@@ -186,8 +187,12 @@ def step_time(work: Work) -> StepTime:
     forward_backward = work.tokens * flops.model / rate * stage_imbalance(work.shape, work.stages) + sums
     recompute = work.tokens * (flops.hardware - flops.model) / rate * _recompute_imbalance(work)
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
-    exchanges = work.layer_bytes / NVLINK_BYTES_S[2] + work.layer_rounds * LATENCY_S
-    bubble = work.bubble * (forward_backward + recompute + exchanges)
+    layers, stages = (
+        num_bytes / NVLINK_BYTES_S[2] + rounds * LATENCY_S
+        for num_bytes, rounds in ((work.layer_bytes, work.layer_rounds), (work.stage_bytes, work.stage_rounds))
+    )
+    bubble = work.bubble * (forward_backward + recompute + layers)
+    exchanges = layers + stages
     host = work.host_states * HOST_ADAM_S
     if work.step_in_backward:
         host = max(0.0, host - last_backward)

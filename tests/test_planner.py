@@ -412,7 +412,11 @@ def test_more_parts_a_stage_hold_fewer_layers_before_the_first_backward_pass() -
         chunks: plan(request_of(shape=shape, pp_chunks=chunks, **layout)).device_bytes.activations for chunks in (2, 4)
     }
     assert held[4] / held[2] == pytest.approx((9 / 4) / (5 / 2), rel=0.02)
-    assert planner.chunk_numbers(shape_of("1.3b"), 2) == [2, 4] and planner.chunk_numbers(shape_of("125m"), 2) == [2]
+
+
+def test_the_parts_of_a_stage_have_as_many_layers_each() -> None:
+    assert planner.chunk_numbers(shape_of("13b"), 2) == [2, 4, 5, 10, 20]
+    assert planner.chunk_numbers(shape_of("125m"), 4) == [3] and planner.chunk_numbers(shape_of("13b"), 3) == []
 
 
 def test_tensor_parallelism_divides_the_logits_and_keeps_only_them_and_their_gradients() -> None:
@@ -432,6 +436,9 @@ def test_random_weights_that_stay_on_the_gpu_take_no_host_memory() -> None:
 # compiled one by one: allocated memory and the 1.30 GiB beside it, with hybrid_parallel 1.60.
 OFFLOADED = {"checkpointed_layers": 32, "step_in_backward": True, "batch_size": 16}
 THIRTY_BILLION = {"batch_size": 16, "num_microbatches": 8, "world_size": 4, "tp": 2, "pp": 2, "gpu_gib": 139.8}
+OFFLOADED_ON_FOUR = {
+    **OFFLOADED, "batch_size": 4, "world_size": 4, "offload_optim_frac": 0.3, "checkpointed_layers": 48, "gpu_gib": 139.8,
+}  # fmt: skip
 PP_4 = {"tp": 1, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}
 MEASURED_GIB = [
     ("125m", "low_level_zero", {"batch_size": 8}, 6.39),
@@ -476,6 +483,13 @@ MEASURED_GIB = [
     ("13b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 2}, 61.58),
     ("13b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 4, "num_microbatches": 4}, 68.80),
     ("13b", "hybrid_parallel", {**THIRTY_BILLION, **PP_4}, 61.91),
+    ("13b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 10, "num_microbatches": 2}, 76.32),
+    ("30b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 4}, 130.59),
+    ("6.7b", "torch_ddp", {"batch_size": 4, "world_size": 4}, 103.24),
+    ("6.7b", "gemini", {"batch_size": 4, "world_size": 4}, 37.60),
+    ("13b", "gemini", {"batch_size": 4, "world_size": 4}, 65.62),
+    ("13b", "low_level_zero", {"batch_size": 4, "world_size": 4}, 82.85),
+    ("30b", "low_level_zero", OFFLOADED_ON_FOUR, 130.95),
 ]
 
 

@@ -104,6 +104,23 @@ LARGE = [
     ("13b", "hybrid_parallel", {"batch_size": 16, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}, 22_333, 58.6),
     ("30b", "hybrid_parallel", {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8}, 10_084, 125.6),
     ("30b", "hybrid_parallel", {"batch_size": 16, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}, 10_250, 128.9),
+    (
+        "13b",
+        "hybrid_parallel",
+        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 2, "pp_chunks": 10},
+        24_633,
+        73.1,
+    ),
+    (
+        "30b",
+        "hybrid_parallel",
+        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8, "pp_chunks": 4},
+        10_868,
+        127.3,
+    ),
+    ("6.7b", "torch_ddp", {"batch_size": 4}, 45_769, 101.7),
+    ("1.3b", "torch_ddp", {"batch_size": 8}, 231_079, 29.3),
+    ("1.3b", "low_level_zero", {"batch_size": 8, "zero_stage": 1}, 252_301, 17.5),
 ]
 
 

@@ -112,7 +112,7 @@ def test_recompute_is_the_cases_own_unless_it_is_told(flags, recompute, monkeypa
     large, largest = side_by_side.chosen_entries(CASES["gpus"], options)
     assert large.setting.recompute == recompute and largest.setting.recompute == (flags != ["--no-recompute"])
     names = ["hybrid_tp2", "hybrid_tp2_pp2", "hybrid_interleaved", "hybrid_pp4_interleaved", "hybrid_interleaved_4"]
-    assert [each.name for each in large.contestants][-5:] == names
+    assert [each.name for each in large.contestants][-6:] == [*names, "hybrid_interleaved_10"]
 
 
 def test_scaling_is_the_speed_over_that_of_as_many_single_gpus():
