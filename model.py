@@ -132,6 +132,12 @@ def layerdrop_problems(source: ModelSource, world_size: int) -> list[str]:
     return [f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json"]
 
 
+def graph_obstacles(source: ModelSource, compiled: str) -> list[str]:
+    """Return what a model lacks for its layers to be replayed as CUDA graphs, beside `planner.graph_obstacles`."""
+    needs = {"compiled layers": compiled == "on", "no layerdrop": not getattr(source.config, "layerdrop", 0.0)}
+    return [name for name, is_there in needs.items() if not is_there]
+
+
 def load_tokenizer(args: TrainArgs, source: ModelSource) -> Any:
     """Return the tokenizer, or None for synthetic tokens without a named tokenizer.
 
@@ -273,7 +279,11 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 
 def compile_layers(
-    model: Any, groups: Iterable[Sequence[Any]] | None = None, *, gradient_dtype: torch.dtype | None = None
+    model: Any,
+    groups: Iterable[Sequence[Any]] | None = None,
+    *,
+    gradient_dtype: torch.dtype | None = None,
+    cuda_graphs: bool = False,
 ) -> None:
     """Compile the decoder layers and the loss in place, so that parameter names stay.
 
@@ -283,6 +293,7 @@ def compile_layers(
     Args:
         groups: layers that are compiled together; None: each by itself.
         gradient_dtype: of the layers' matrices, under autocast to it; None: that of the weights.
+        cuda_graphs: the layers' kernels are recorded in the first steps and replayed in the others.
     """
     from colossal_ext.gradient_types import set_gradient_dtype
     from colossal_ext.layer_groups import compile_together
@@ -295,7 +306,7 @@ def compile_layers(
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
     set_gradient_dtype(decoder_layers(model), gradient_dtype)
     for group in groups or [(layer,) for layer in decoder_layers(model)]:
-        compile_together(group)
+        compile_together(group, cuda_graphs=cuda_graphs)
     model.loss_function = torch.compile(model.loss_function)
 
 

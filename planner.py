@@ -201,6 +201,7 @@ class PlanRequest:
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
         compiled: layers, and the loss where no rank has a share of the logits.
+        cuda_graphs: layers are to be replayed as CUDA graphs, unless there are `graph_obstacles`.
         dropout: whether dropout masks are kept.
         random_weights: drawn on the GPU, where they stay if there is room; others pass through the host.
         gpu_gib: memory of one GPU; None on a CPU.
@@ -226,6 +227,7 @@ class PlanRequest:
     offload_param_frac: float = 0.0
     step_in_backward: bool = False
     compiled: bool = False
+    cuda_graphs: bool = False
     dropout: bool = True
     random_weights: bool = False
     gpu_gib: float | None = None
@@ -378,6 +380,25 @@ def layers_per_graph(
         return min(GRAPH_LAYERS, room)
     is_small = 6 * layer_params * tokens / GPU_FLOPS < SMALL_LAYER_S
     return min(SMALL_GRAPH_LAYERS, room) if is_small and plugin != "gemini" and not updates_between else 1
+
+
+def graph_obstacles(request: PlanRequest) -> list[str]:
+    """Return what a setting lacks for its layers to be replayed as CUDA graphs.
+
+    Weights and what is computed have to stay where they are from step to step, and nothing may happen between layers.
+    """
+    needs = {
+        "a GPU": not request.on_cpu,
+        "compiled layers": request.compiled,
+        "an OPT model": request.shape.num_heads > 0,
+        "another plugin than gemini": request.plugin != "gemini",
+        "no --tp and --pp": request.tp * request.pp == 1,
+        "no recomputed layers": not request.checkpointed_layers,
+        "one micro-batch a step": not request.accumulates,
+        "states on the GPU, updated after the backward pass": not request.step_in_backward
+        and not request.offload_optim_frac,
+    }
+    return [name for name, is_there in needs.items() if not is_there]
 
 
 def has_16_bit_gradients(plugin: str, precision: str, *, compiled: bool, accumulates: bool) -> bool:
@@ -766,6 +787,7 @@ class Choice:
         tp, pp, pp_schedule, num_model_chunks: of hybrid_parallel; the last is 0 but for an interleaved pipeline.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
+        graph_obstacles: what it lacks for CUDA graphs.
         reason: one line: what was chosen and why.
         fits: False where no setting is predicted to fit; the smallest is then chosen.
         step_time: expected, for comparing only (speed.py).
@@ -784,6 +806,7 @@ class Choice:
     gradient_accumulation_steps: int
     num_microbatches: int
     num_model_chunks: int
+    graph_obstacles: list[str]
     reason: str
     plan: Plan
     step_time: StepTime
@@ -898,6 +921,7 @@ def work(request: PlanRequest) -> Work:
         chunks=request.pp_chunks,
         compiled=request.compiled,
         layers_per_graph=_request_layers_per_graph(request),
+        cuda_graphs=request.cuda_graphs and not graph_obstacles(request),
         layer_bytes=2 * (request.tp - 1) / request.tp * num_bytes,
         layer_rounds=2 * calls * math.log2(request.tp),
         stage_bytes=stage_bytes,
@@ -979,6 +1003,7 @@ def _requests(
             offload_param_frac=setting.offload_param_frac,
             step_in_backward=setting.step_in_backward,
             compiled=_compiled(named, on_cpu=gpu_gib is None),
+            cuda_graphs=args.cuda_graphs == "on",
             random_weights=args.from_scratch or args.model_size == "tiny",
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
@@ -1124,6 +1149,8 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
     if request.step_in_backward:
         what.append("updated in the backward pass")
+    if request.cuda_graphs:
+        what.append("layers as CUDA graphs")
     what += [f"{axis} {size}" for axis, size in (("tp", request.tp), ("pp", request.pp)) if size > 1]
     if request.pp_chunks > 1:
         what.append(f"interleaved in {request.pp_chunks} parts a stage")
@@ -1150,6 +1177,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
         num_model_chunks=request.pp_chunks if request.pp_chunks > 1 else 0,
+        graph_obstacles=graph_obstacles(request),
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
         plan=chosen.plan,
         step_time=chosen.step_time,

@@ -63,6 +63,9 @@ SINGLE_GRAPH_LAUNCHES = 1.25
 # low_level_zero's on several GPUs over torch_ddp's, and layers divided by two over whole ones: 1.3b, batch 1 x 1024 a GPU, on
 # two H200 in one call (2026-11-28), 46.2 ms a step to 44.7, and 54.4, hybrid_parallel's own launches taken out.
 SHARDED_LAUNCHES, DIVIDED_LAUNCHES = 1.03, 1.33
+# A layer's share of a step whose layers are CUDA graphs: 125m, batch 1 x 1024, low_level_zero on one H200 (2026-11-28), 14.7 ms
+# for 19.5 without.
+GRAPH_LAUNCH_S = 1.2e-3
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
 # compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
 # which is not measured.
@@ -97,6 +100,7 @@ class Work:
         stages, pieces: of a pipeline, and what it cuts each micro-batch into.
         chunks: parts of the model that a stage has.
         compiled: its layers, of which `layers_per_graph` share a graph.
+        cuda_graphs: its layers are replayed as such.
         layer_bytes, layer_rounds: that pass a GPU's link in all-reduces of divided layers, and how often these wait for
             LATENCY_S: each to scatter and to gather, by the logarithm of the GPUs that it connects.
         stage_bytes, stage_rounds: the same of what a stage of a pipeline sends on and back.
@@ -122,6 +126,7 @@ class Work:
     chunks: int = 1
     compiled: bool = True
     layers_per_graph: int = 1
+    cuda_graphs: bool = False
     layer_bytes: float = 0.0
     layer_rounds: float = 0.0
     stage_bytes: float = 0.0
@@ -242,6 +247,8 @@ def _launch_s(work: Work) -> float:
 
 
 def _layer_launch_s(work: Work) -> float:
+    if work.cuda_graphs:
+        return GRAPH_LAUNCH_S
     seconds = LAUNCH_S[work.plugin]
     if work.plugin == "low_level_zero" and work.exchanges:
         seconds = SHARDED_LAUNCHES * LAUNCH_S["torch_ddp"]

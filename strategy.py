@@ -95,7 +95,12 @@ class Engine:
         """Hand model, optimizer and schedule to the plugin, which shards them."""
         groups = self._layer_groups(model)
         if self.args.compile == "on":
-            compile_layers(model, groups, gradient_dtype=torch.bfloat16 if self._has_16_bit_gradients else None)
+            compile_layers(
+                model,
+                groups,
+                gradient_dtype=torch.bfloat16 if self._has_16_bit_gradients else None,
+                cuda_graphs=self.args.cuda_graphs == "on",
+            )
         if self.args.plugin == "gemini":
             _hook_layers(model)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(model, optimizer, lr_scheduler=scheduler)

@@ -324,7 +324,10 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
     found = model.layerdrop_problems(source, process.world_size)
     if found := found + planner.layout_problems(args, source.name, shape):
         raise ConfigError(*found)
-    return choice, replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
+    compiled = strategy.resolve_compile(args, on_cpu=process.on_cpu)
+    if args.cuda_graphs == "on" and (lacks := choice.graph_obstacles + model.graph_obstacles(source, compiled)):
+        raise ConfigError(f"--cuda_graphs on: needs {', '.join(dict.fromkeys(lacks))}")
+    return choice, replace(args, compile=compiled)
 
 
 def require_same_choice(args: TrainArgs, process: Runtime) -> None:

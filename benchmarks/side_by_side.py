@@ -198,11 +198,17 @@ SPEED_CONTESTANTS = (
     Contestant("fsdp2_compile", "fsdp2"),
     *(_ours(plugin) for plugin in ("torch_ddp", "low_level_zero", "gemini", "hybrid_parallel")),
 )
+# Where launches take longer than the kernels.
+GRAPH_CONTESTANTS = tuple(
+    _ours(plugin, "--cuda_graphs", "on", name=f"{plugin}_graphs")
+    for plugin in ("torch_ddp", "low_level_zero", "hybrid_parallel")
+)
 CASES = {
     "speed": Case(
         "plain_compile",
-        tuple(
-            Entry(Setting(*size), SPEED_CONTESTANTS) for size in (("125m", 8), ("125m", 32), ("1.3b", 8), ("6.7b", 4))
+        (
+            Entry(Setting("125m", 8), (*SPEED_CONTESTANTS, *GRAPH_CONTESTANTS)),
+            *(Entry(Setting(*size), SPEED_CONTESTANTS) for size in (("125m", 32), ("1.3b", 8), ("6.7b", 4))),
         ),
         num_workers=2,
         device_init=True,
@@ -519,7 +525,8 @@ def plan_of(result: dict[str, Any]) -> str:
     parts += [f"{args['gradient_checkpointing']} layers recomputed"] * (args["gradient_checkpointing"] != "0")
     micro_batches, rows = args["gradient_accumulation_steps"], args["per_device_train_batch_size"]
     parts += [f"{micro_batches} micro-batches of {rows}"] * (micro_batches > 1)
-    return ", ".join([result["plugin"], *parts, *["compiled"] * (args["compile"] == "on")])
+    kinds = {"compiled": args["compile"], "CUDA graphs": args.get("cuda_graphs")}  # which older results lack
+    return ", ".join([result["plugin"], *parts, *(kind for kind, is_on in kinds.items() if is_on == "on")])
 
 
 def read_peer(log: Path) -> dict[str, Any]:

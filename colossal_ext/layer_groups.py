@@ -46,18 +46,20 @@ def _run_layers(layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) 
     return hidden_states
 
 
-def compile_together(layers: Sequence[Any]) -> None:
+def compile_together(layers: Sequence[Any], *, cuda_graphs: bool = False) -> None:
     """Compile layers in place that their model calls one after the other, each with the output of the one before.
 
     The first one's call computes all of them, and the others return what they are given.
 
     Args:
         layers: none of them recomputed, unless it is alone; all are called with the same other arguments.
+        cuda_graphs: where gradients are wanted, launch all kernels of a pass at once. Their memory is used again in the next
+            step, but that of parameters' gradients, which autograd copies.
     """
-    if len(layers) == 1:
+    if len(layers) == 1 and not cuda_graphs:
         layers[0].compile()
         return
-    group = _Group(tuple(layers))
+    group = _Group(tuple(layers), cuda_graphs=cuda_graphs)
     first, *others = layers
     first._compiled_call_impl = group.compute  # what nn.Module.__call__ calls in place of `_call_impl`
     for layer in others:
@@ -67,17 +69,21 @@ def compile_together(layers: Sequence[Any]) -> None:
 class _Group:
     """Layers of one graph, while their model calls them."""
 
-    def __init__(self, layers: tuple[Any, ...]) -> None:
+    def __init__(self, layers: tuple[Any, ...], *, cuda_graphs: bool) -> None:
         self._layers = layers
-        self._compute = torch.compile(_run_uncompiled)
+        self._evaluate = torch.compile(_run_uncompiled)
+        recorded: dict[str, Any] = {"triton.cudagraphs": True}
+        self._train = torch.compile(_run_uncompiled, options=recorded) if cuda_graphs else self._evaluate
         # Of the last call of the first layer, until the last layer is called.
         self._arguments: dict[str, Any] = {}
         self._num_left = 0
 
     def compute(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         """Return the last layer's output."""
-        output = self._compute(self._layers, hidden_states, **arguments)
-        self._arguments, self._num_left = {**arguments, "hidden_states": output}, len(self._layers) - 1
+        run = self._train if torch.is_grad_enabled() else self._evaluate
+        output = run(self._layers, hidden_states, **arguments)
+        self._num_left = len(self._layers) - 1
+        self._arguments = {**arguments, "hidden_states": output} if self._num_left else {}
         return output
 
     def hand_on(self, hidden_states: Tensor, **arguments: Any) -> Tensor:

@@ -1,0 +1,108 @@
+"""Layers replayed as CUDA graphs: where they can be, and on GPUs that they train as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lean way
+
+# isort: split
+import pytest
+import torch
+
+from colossal_ext import layer_groups
+from conftest import Run
+from opt_sizes import OPT_SHAPES
+from planner import PlanRequest, graph_obstacles, model_shape, work
+from speed import step_time
+
+SHAPE = model_shape(OPT_SHAPES["125m"])
+SMALL = PlanRequest(SHAPE, "low_level_zero", "bf16", 1, 8, 1024, compiled=True, cuda_graphs=True, gpu_gib=80.0)
+# Evaluation after each second step, with batches of another size; masks; a norm.
+FLAGS = (
+    "--block_size 128 --per_device_train_batch_size 4 --num_train_epochs 3 --max_train_steps 6 --per_device_eval_batch_size 3 "
+    "--max_eval_samples 7 --dropout 0.1 --max_grad_norm 0.5 --deterministic"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacles"),
+    [
+        ({}, []),
+        ({"plugin": "torch_ddp", "world_size": 4}, []),
+        ({"plugin": "hybrid_parallel"}, []),
+        ({"gpu_gib": None}, ["a GPU"]),
+        ({"compiled": False}, ["compiled layers"]),
+        ({"plugin": "gemini"}, ["another plugin than gemini"]),
+        ({"plugin": "hybrid_parallel", "tp": 2, "world_size": 2}, ["no --tp and --pp"]),
+        ({"checkpointed_layers": 1}, ["no recomputed layers"]),
+        ({"accumulation_steps": 2}, ["one micro-batch a step"]),
+        ({"step_in_backward": True}, ["states on the GPU, updated after the backward pass"]),
+        ({"offload_optim_frac": 0.5}, ["states on the GPU, updated after the backward pass"]),
+        ({"shape": replace(SHAPE, num_heads=0)}, ["an OPT model"]),
+    ],
+)
+def test_layers_can_be_replayed_where_nothing_moves_or_happens_between_them(
+    changes: dict[str, Any], obstacles: list[str]
+) -> None:
+    request = replace(SMALL, **changes)
+    assert graph_obstacles(request) == obstacles
+    assert work(request).cuda_graphs == (not obstacles) and not work(replace(request, cuda_graphs=False)).cuda_graphs
+
+
+def test_a_small_batch_waits_less_for_launches_and_a_large_one_never_did() -> None:
+    for rows, gains in ((8, True), (64, False)):
+        launched, replayed = (
+            step_time(work(replace(SMALL, batch_size=rows, cuda_graphs=on))).total for on in (False, True)
+        )
+        assert (replayed < 0.9 * launched) == gains and replayed <= launched
+
+
+def test_a_setting_without_graphs_is_refused_where_they_were_asked_for(
+    tmp_path: Path, run_training: Callable[..., Run]
+) -> None:
+    run = run_training(tmp_path, "--max_train_steps", 1, "--cuda_graphs", "on", CUDA_VISIBLE_DEVICES="")
+    assert run.code == 2, run.output
+    assert "--cuda_graphs on: needs a GPU, compiled layers" in run.output
+
+
+def test_graphs_are_recorded_where_gradients_are_wanted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def compiled(run: Any, options: dict[str, Any] | None = None) -> Any:
+        def noted(*args: Any, **arguments: Any) -> Any:
+            called.append(options)
+            return run(*args, **arguments)
+
+        return noted
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    layer = torch.nn.Identity()
+    layer.forward = lambda hidden_states, **_: hidden_states + 1  # type: ignore[method-assign]
+    layer_groups.compile_together([layer], cuda_graphs=True)
+    assert layer(torch.ones(1)).item() == 2
+    with torch.no_grad():
+        assert layer(torch.ones(1)).item() == 2
+    assert called == [{"triton.cudagraphs": True}, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("plugin", ["low_level_zero", "torch_ddp", "torch_ddp_fp16", "hybrid_parallel"])
+def test_replayed_layers_train_as_launched_ones_and_resume_bit_for_bit(
+    plugin: str, tmp_path: Path, run_many: Callable[..., dict[str, Run]]
+) -> None:
+    world = torch.cuda.device_count()
+    flags = [*FLAGS.split(), "--max_train_samples", 8 * world, "--plugin", plugin, "--cuda_graphs"]
+    commands = {"launched": [*flags, "off"], "whole": [*flags, "on", "--save_strategy", "steps", "--save_steps", 4]}
+    launched, whole = run_many(tmp_path, commands, world=world).values()
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000004"
+    (rest,) = run_many(tmp_path, {"rest": [*flags, "on", "--resume_from_checkpoint", checkpoint]}, world=world).values()
+    assert launched.code == whole.code == rest.code == 0, launched.output + whole.output + rest.output
+    assert [run.result["args"]["cuda_graphs"] for run in (launched, whole, rest)] == ["off", "on", "on"]
+    assert rest.losses == whole.losses[4:]
+    assert whole.losses == pytest.approx(launched.losses, rel=1e-5)
+    assert whole.result["eval"]["loss"] == pytest.approx(launched.result["eval"]["loss"], rel=1e-5)
