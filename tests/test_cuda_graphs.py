@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lea
 import pytest
 import torch
 
+from args import ConfigError, TrainArgs
 from colossal_ext import layer_groups
 from conftest import Run
+from model import ModelSource, opt_config
 from opt_sizes import OPT_SHAPES
 from planner import PlanRequest, graph_obstacles, model_shape, work
+from runtime import Runtime
 from speed import step_time
+from train_clm import resolve
 
 SHAPE = model_shape(OPT_SHAPES["125m"])
 SMALL = PlanRequest(SHAPE, "low_level_zero", "bf16", 1, 8, 1024, compiled=True, cuda_graphs=True, gpu_gib=80.0)
@@ -61,12 +66,24 @@ def test_a_small_batch_waits_less_for_launches_and_a_large_one_never_did() -> No
         assert (replayed < 0.9 * launched) == gains and replayed <= launched
 
 
+@pytest.mark.parametrize(
+    ("flags", "layerdrop", "needs"),
+    [
+        ({"plugin": "low_level_zero"}, 0.0, "a GPU, compiled layers"),
+        ({"plugin": "gemini"}, 0.1, "a GPU, compiled layers, another plugin than gemini, no layerdrop"),
+        ({"plugin": "low_level_zero", "cuda_graphs": "off"}, 0.0, ""),
+    ],
+)
 def test_a_setting_without_graphs_is_refused_where_they_were_asked_for(
-    tmp_path: Path, run_training: Callable[..., Run]
+    flags: dict[str, Any], layerdrop: float, needs: str
 ) -> None:
-    run = run_training(tmp_path, "--max_train_steps", 1, "--cuda_graphs", "on", CUDA_VISIBLE_DEVICES="")
-    assert run.code == 2, run.output
-    assert "--cuda_graphs on: needs a GPU, compiled layers" in run.output
+    args = TrainArgs(**{"from_scratch": True, "cuda_graphs": "on", "gradient_checkpointing": "off", **flags})
+    config = opt_config(OPT_SHAPES["125m"])
+    config.layerdrop = layerdrop
+    process = Runtime(0, 1, 0, 1, torch.device("cpu"), 0)
+    refused = pytest.raises(ConfigError, match=f"--cuda_graphs on: needs {needs}$") if needs else nullcontext()
+    with refused:
+        resolve(args, process, ModelSource("125m", config, None), SHAPE)
 
 
 def test_graphs_are_recorded_where_gradients_are_wanted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
