@@ -261,6 +261,8 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--num_model_chunks: needs --pp_schedule interleaved")
     if args.compile == "on" and not args.packs_text:
         found.append("--compile on: not with --dataset netflix, whose batches differ in length; use off or auto")
+    if args.cuda_graphs == "on" and args.eval_only:
+        found.append("--cuda_graphs on: not with --eval_only, whose layers are not recorded")
     found += _unused_problems(args)
     return found
 

@@ -76,7 +76,7 @@ AUTO_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", *LAYOUT_FLAGS,
 )  # fmt: skip
 # What else a plugin may have been given, and another one would refuse.
-OTHER_FLAGS = ("placement",)
+OTHER_FLAGS = ("placement", "cuda_graphs")
 # Where memory ran out, advice leaves this much more of it free than a plan does.
 OOM_ROOM = 0.9
 OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
@@ -385,13 +385,16 @@ def layers_per_graph(
 def graph_obstacles(request: PlanRequest) -> list[str]:
     """Return what a setting lacks for its layers to be replayed as CUDA graphs.
 
-    Weights and what is computed have to stay where they are from step to step, and nothing may happen between layers.
+    Weights have to stay where they are from step to step, and nothing may happen between layers. Gradients lie in the
+    graphs' memory, which the next forward pass uses again: they cannot be summed over micro-batches, or kept.
     """
+    states_wait = request.plugin == "hybrid_parallel" and request.zero_stage > 0
     needs = {
         "a GPU": not request.on_cpu,
         "compiled layers": request.compiled,
         "an OPT model": request.shape.num_heads > 0,
         "another plugin than gemini": request.plugin != "gemini",
+        "--zero_stage 0 of hybrid_parallel": not states_wait,
         "no --tp and --pp": request.tp * request.pp == 1,
         "no recomputed layers": not request.checkpointed_layers,
         "one micro-batch a step": not request.accumulates,
@@ -678,8 +681,10 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
         framework=0 if request.on_cpu else framework_bytes(request.plugin, request.world_size, request.tp, request.pp),
     )
     # Of a pipeline with a piece a stage only the first part has made gradients while all pieces are under way.
-    one_round = request.num_microbatches == request.pp and not request.accumulates
-    kept = states.kept_gradients // (request.pp_chunks if one_round else 1)
+    kept = states.kept_gradients
+    if request.num_microbatches == request.pp and not request.accumulates:
+        layers = request.item_bytes * request.shape.layer_params * request.shape.num_layers // (request.pp * request.tp)
+        kept -= layers - layers // request.pp_chunks
     at_loss = replace(fixed, gradients=kept, activations=activations.saved, logits=activations.logits)
     first_layer = replace(at_loss, activations=activations.saved + activations.first_layer, logits=0)
     last_layer = replace(
@@ -787,7 +792,7 @@ class Choice:
         tp, pp, pp_schedule, num_model_chunks: of hybrid_parallel; the last is 0 but for an interleaved pipeline.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
-        graph_obstacles: what it lacks for CUDA graphs.
+        graph_obstacles: what it lacks for the CUDA graphs that were asked for.
         reason: one line: what was chosen and why.
         fits: False where no setting is predicted to fit; the smallest is then chosen.
         step_time: expected, for comparing only (speed.py).
@@ -806,7 +811,7 @@ class Choice:
     gradient_accumulation_steps: int
     num_microbatches: int
     num_model_chunks: int
-    graph_obstacles: list[str]
+    graph_obstacles: tuple[str, ...]
     reason: str
     plan: Plan
     step_time: StepTime
@@ -1149,7 +1154,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
     if request.step_in_backward:
         what.append("updated in the backward pass")
-    if request.cuda_graphs:
+    if request.cuda_graphs and not graph_obstacles(request):
         what.append("layers as CUDA graphs")
     what += [f"{axis} {size}" for axis, size in (("tp", request.tp), ("pp", request.pp)) if size > 1]
     if request.pp_chunks > 1:
@@ -1177,7 +1182,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
         num_model_chunks=request.pp_chunks if request.pp_chunks > 1 else 0,
-        graph_obstacles=graph_obstacles(request),
+        graph_obstacles=tuple(graph_obstacles(request)) if request.cuda_graphs else (),
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
         plan=chosen.plan,
         step_time=chosen.step_time,
@@ -1328,7 +1333,9 @@ def oom_advice(
         changed = replace(ran, **changes)
         refused = problems(changed, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
         if changed != ran and not refused:
-            flags = {**chosen, **changes}
+            # Of these only shorter rows leave layers as they were.
+            recorded = {"cuda_graphs": "off"} if given.cuda_graphs == "on" and "block_size" not in changes else {}
+            flags = {**chosen, **changes, **recorded}
             advice.append(_flags({name: flags[name] for name in flags if flags[name] != getattr(given, name)}))
     if given.mem_cap:
         advice.append(f"a higher --mem_cap than {given.mem_cap:g} GB")

@@ -189,12 +189,11 @@ def predict(request: PlanRequest, machines: Machines) -> Prediction:
 def _step(request: PlanRequest, machines: Machines) -> Step:
     along = groups(request, machines)
     forward_s, backward_s = _compute_s(request)
-    layers_s = _layers_s(request, along["tp"])
+    layers_s, stages_s = _layers_s(request, along["tp"]), _stages_s(request, along["pp"])
     # The GPU is done with a piece before the host has launched the next one.
-    waits_s = max(0.0, _launches_s(request) - forward_s - backward_s - layers_s)
+    waits_s = max(0.0, _launches_s(request) - forward_s - backward_s - layers_s - stages_s)
     compute_s = forward_s + backward_s + waits_s
     gradients_s, weights_s = _exchange_s(request, along["dp"], forward_s, backward_s)
-    stages_s = _stages_s(request, along["pp"])
     # (p - 1) of m + p - 1 slots of a stage are empty: (p - 1) / m of the time it works; with v chunks a v-th of that.
     idle = (request.pp - 1) / (request.num_microbatches * request.pp_chunks)
     share = stage_params(request) / _state_shards(request)

@@ -67,8 +67,8 @@ SHARDED_LAUNCHES, DIVIDED_LAUNCHES = 1.03, 1.33
 # for 19.5 without.
 GRAPH_LAUNCH_S = 1.2e-3
 # The same of a layer without the update, for each piece of a pipeline: 1.3b under tp 2 x pp 2 on four H200 (2026-11-27), not
-# compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; since then in groups,
-# which is not measured.
+# compiled, and compiled one by one, 2.4 to 4.6 ms for eight pieces from call to call, 3.7 for four; 6.7b, four layers a graph,
+# 3.0 at most (2026-11-28).
 EAGER_LAYER_S, COMPILED_LAYER_S = 3.8e-3, 3.0e-3
 # Adding the gradients of a pipeline's next piece to those that are there, in 16 bits: 34 ms of 13b under tp 2 x pp 2 in
 # eight pieces, on H200 (2026-11-27).
@@ -269,7 +269,7 @@ def _plugin_speed(work: Work) -> float:
         factor *= OTHER_ZERO_SPEED
     if work.exchanges:
         factor *= EXCHANGE_SPEED[work.plugin]
-    if work.layer_bytes and work.stages == 1:
+    if work.layer_bytes:
         width = work.shape.hidden_size
-        factor *= matrix_share(width, tp=work.replica_size) / matrix_share(width)
+        factor *= matrix_share(width, tp=work.replica_size // work.stages) / matrix_share(width)
     return factor * (BACKWARD_STEP_SPEED if work.step_in_backward else 1.0)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,12 +78,14 @@ def print_plan(args: TrainArgs) -> int:
         shape, dropout = planned_shape(args)
         if found := planner.layout_problems(args, args.model_slug, shape):
             raise ConfigError(*found)
+        # Of a machine that is not this one nothing is known.
+        host_gib = None if args.gpus else hardware.host_memory_gib()
+        where = (args, shape, world_size, gpu_gib, host_gib)
+        choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
+        require_for_graphs(args, choice.graph_obstacles)
     except ConfigError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
-    host_gib = None if args.gpus else hardware.host_memory_gib()  # of a machine that is not this one nothing is known
-    where = (args, shape, world_size, gpu_gib, host_gib)
-    choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
     others = planner.alternatives(*where, choice=choice, dropout=dropout) if args.nodes == 1 else []
     print(planner.table(choice, others))
     if gpu_gib and world_size > 1:
@@ -325,9 +327,15 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
     if found := found + planner.layout_problems(args, source.name, shape):
         raise ConfigError(*found)
     compiled = strategy.resolve_compile(args, on_cpu=process.on_cpu)
-    if args.cuda_graphs == "on" and (lacks := choice.graph_obstacles + model.graph_obstacles(source, compiled)):
-        raise ConfigError(f"--cuda_graphs on: needs {', '.join(dict.fromkeys(lacks))}")
+    require_for_graphs(args, (*choice.graph_obstacles, *model.graph_obstacles(source, compiled)))
     return choice, replace(args, compile=compiled)
+
+
+def require_for_graphs(args: TrainArgs, lacks: Sequence[str]) -> None:
+    """Raise ConfigError where CUDA graphs were asked for and the setting, given or chosen, lacks something for them."""
+    if args.cuda_graphs == "on" and lacks:
+        needs = ", ".join(dict.fromkeys(lacks))
+        raise ConfigError(f"--cuda_graphs on: needs {needs}; leave it away, or give other flags for the rest to fit")
 
 
 def require_same_choice(args: TrainArgs, process: Runtime) -> None:

@@ -53,8 +53,8 @@ def compile_together(layers: Sequence[Any], *, cuda_graphs: bool = False) -> Non
 
     Args:
         layers: none of them recomputed, unless it is alone; all are called with the same other arguments.
-        cuda_graphs: where gradients are wanted, launch all kernels of a pass at once. Their memory is used again in the next
-            step, but that of parameters' gradients, which autograd copies.
+        cuda_graphs: where gradients are wanted, launch all kernels of a pass at once. Their memory, that of parameters'
+            gradients too, is used again in the next forward pass.
     """
     if len(layers) == 1 and not cuda_graphs:
         layers[0].compile()

@@ -14,15 +14,15 @@ import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lea
 import pytest
 import torch
 
-from args import ConfigError, TrainArgs
+from args import ConfigError, TrainArgs, parse_args, problems
 from colossal_ext import layer_groups
 from conftest import Run
 from model import ModelSource, opt_config
 from opt_sizes import OPT_SHAPES
-from planner import PlanRequest, graph_obstacles, model_shape, work
+from planner import PlanRequest, fitting_flags, graph_obstacles, model_shape, oom_advice, resolve_auto, work
 from runtime import Runtime
 from speed import step_time
-from train_clm import resolve
+from train_clm import print_plan, resolve
 
 SHAPE = model_shape(OPT_SHAPES["125m"])
 SMALL = PlanRequest(SHAPE, "low_level_zero", "bf16", 1, 8, 1024, compiled=True, cuda_graphs=True, gpu_gib=80.0)
@@ -43,6 +43,7 @@ FLAGS = (
         ({"compiled": False}, ["compiled layers"]),
         ({"plugin": "gemini"}, ["another plugin than gemini"]),
         ({"plugin": "hybrid_parallel", "tp": 2, "world_size": 2}, ["no --tp and --pp"]),
+        ({"plugin": "hybrid_parallel", "zero_stage": 1}, ["--zero_stage 0 of hybrid_parallel"]),
         ({"checkpointed_layers": 1}, ["no recomputed layers"]),
         ({"accumulation_steps": 2}, ["one micro-batch a step"]),
         ({"step_in_backward": True}, ["states on the GPU, updated after the backward pass"]),
@@ -81,9 +82,37 @@ def test_a_setting_without_graphs_is_refused_where_they_were_asked_for(
     config = opt_config(OPT_SHAPES["125m"])
     config.layerdrop = layerdrop
     process = Runtime(0, 1, 0, 1, torch.device("cpu"), 0)
-    refused = pytest.raises(ConfigError, match=f"--cuda_graphs on: needs {needs}$") if needs else nullcontext()
+    refused = pytest.raises(ConfigError, match=f"--cuda_graphs on: needs {needs};") if needs else nullcontext()
     with refused:
         resolve(args, process, ModelSource("125m", config, None), SHAPE)
+
+
+def test_a_plan_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--plan --gpus 1 --model_name_or_path 125m --cuda_graphs on --plugin"
+    assert print_plan(parse_args(f"{flags} gemini".split())) == 2
+    assert "needs another plugin than gemini" in capsys.readouterr().err
+    assert print_plan(parse_args(f"{flags} torch_ddp".split())) == 0
+    assert "torch_ddp, bf16, layers as CUDA graphs" in capsys.readouterr().out
+    assert "--eval_only" in "".join(
+        problems(TrainArgs(cuda_graphs="on", eval_only=True), world_size=1, num_gpus=1, gpus_per_node=1)
+    )
+
+
+def test_what_auto_takes_under_a_tight_cap_is_refused_where_graphs_were_asked_for() -> None:
+    args = TrainArgs(cuda_graphs="on", block_size=1024, per_device_train_batch_size=4)
+    shape = model_shape(OPT_SHAPES["1.3b"])
+    wide, tight = (resolve_auto(args, shape, 1, gpu_gib, None) for gpu_gib in (40.0, 14.0))
+    assert wide.graph_obstacles == () and "layers as CUDA graphs" in wide.reason
+    assert tight.fits and tight.graph_obstacles and "CUDA graphs" not in tight.reason
+    assert resolve_auto(replace(args, cuda_graphs="off"), shape, 1, 14.0, None).graph_obstacles == ()
+
+
+def test_advice_switches_graphs_off_where_it_changes_the_layers() -> None:
+    given = TrainArgs(plugin="low_level_zero", cuda_graphs="on", per_device_train_batch_size=8, block_size=1024)
+    used = replace(given, precision="bf16", gradient_checkpointing="0", step_in_backward="off", zero_stage=1)
+    advice = oom_advice(given, used, num_layers=12, world_size=1)
+    assert "--gradient_checkpointing on --cuda_graphs off" in advice and "--block_size 512" in advice
+    assert "--cuda_graphs off" in (fitting_flags(given, used, model_shape(OPT_SHAPES["1.3b"]), 1, 22.0, None) or "")
 
 
 def test_graphs_are_recorded_where_gradients_are_wanted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,16 +139,17 @@ def test_graphs_are_recorded_where_gradients_are_wanted_alone(monkeypatch: pytes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("plugin", ["low_level_zero", "torch_ddp", "torch_ddp_fp16", "hybrid_parallel"])
 def test_replayed_layers_train_as_launched_ones_and_resume_bit_for_bit(
-    plugin: str, tmp_path: Path, run_many: Callable[..., dict[str, Run]]
+    plugin: str, tmp_path: Path, run_training: Callable[..., Run]
 ) -> None:
     world = torch.cuda.device_count()
     flags = [*FLAGS.split(), "--max_train_samples", 8 * world, "--plugin", plugin, "--cuda_graphs"]
-    commands = {"launched": [*flags, "off"], "whole": [*flags, "on", "--save_strategy", "steps", "--save_steps", 4]}
-    launched, whole = run_many(tmp_path, commands, world=world).values()
-    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000004"
-    (rest,) = run_many(tmp_path, {"rest": [*flags, "on", "--resume_from_checkpoint", checkpoint]}, world=world).values()
+    saving = ["on", "--save_strategy", "steps", "--save_steps", 4]
+    launched = run_training(tmp_path / "launched", *flags, "off", world=world)
+    whole = run_training(tmp_path / "whole", *flags, *saving, world=world, TORCH_LOGS="cudagraphs")
+    checkpoint = whole.folder / "checkpoints" / "step-00000004"
+    rest = run_training(tmp_path / "rest", *flags, "on", "--resume_from_checkpoint", checkpoint, world=world)
     assert launched.code == whole.code == rest.code == 0, launched.output + whole.output + rest.output
-    assert [run.result["args"]["cuda_graphs"] for run in (launched, whole, rest)] == ["off", "on", "on"]
+    assert "Recording function" in whole.output and "skipping cudagraphs" not in whole.output
     assert rest.losses == whole.losses[4:]
     assert whole.losses == pytest.approx(launched.losses, rel=1e-5)
     assert whole.result["eval"]["loss"] == pytest.approx(launched.result["eval"]["loss"], rel=1e-5)

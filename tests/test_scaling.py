@@ -231,8 +231,10 @@ def test_the_host_launches_what_is_not_compiled_layer_by_layer_for_every_micro_b
         predict(request("hybrid_parallel", 2, pp=2, num_microbatches=number, compiled=False, batch_size=8), Machines(2))
         for number in (4, 8)
     ]
-    assert steps[1].step.compute == pytest.approx(2 * steps[0].step.compute)
-    assert steps[1].step.compute == pytest.approx(scaling.EAGER_LAYER_S * 8 * SHAPE.num_layers / 2)
+    # What the GPUs send meanwhile costs nothing more.
+    few, many = (each.step.compute + each.step.stages for each in steps)
+    assert many == pytest.approx(2 * few) and steps[1].step.stages > 0
+    assert many == pytest.approx(scaling.EAGER_LAYER_S * 8 * SHAPE.num_layers / 2)
 
 
 def test_tensor_parallelism_waits_four_times_a_layer_and_halves_the_rest(monkeypatch):

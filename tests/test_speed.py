@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from opt_sizes import OPT_SHAPES
-from planner import model_shape
+from planner import PlanRequest, model_shape, work
+from scaling import Machines, predict
 from speed import HOST_ADAM_S, LAUNCH_S, MATRIX_SHARE, PLUGIN_SPEED, SUM_PARAMETER_S, Work, matrix_share, step_time
 
 
@@ -105,6 +106,22 @@ def test_divided_layers_without_a_pipeline_are_slower_and_take_longer_to_launch(
     assert divided.total == pytest.approx(54.4 / 44.7 * whole.total, rel=0.01)
     large = work_of("1.3b", 64, plugin="hybrid_parallel", replica_size=2)
     assert step_time(replace(large, layer_bytes=1.0)).compute > 1.1 * step_time(large).compute
+
+
+def test_a_pipeline_of_narrow_halves_is_slower_than_one_of_whole_layers_as_the_other_module_says() -> None:
+    # 2.7b on four GPUs, 16 rows each.
+    shape, layout = model_shape(OPT_SHAPES["2.7b"]), {"world_size": 4, "num_microbatches": 4, "pp_chunks": 8}
+    requests = [
+        PlanRequest(
+            shape, "hybrid_parallel", "bf16", batch_size=64, block_size=1024, compiled=True, gpu_gib=139.8, **each
+        )
+        for each in ({"tp": 2, "pp": 2, **layout}, {"pp": 4, **layout})
+    ]
+    for seconds in (
+        lambda request: step_time(work(request)).total,
+        lambda request: predict(request, Machines(4)).step.total,
+    ):
+        assert seconds(requests[1]) < 0.97 * seconds(requests[0])
 
 
 def test_wide_layers_are_no_slower_for_being_divided_by_two() -> None:
