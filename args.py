@@ -79,7 +79,7 @@ class TrainArgs:
     pp: int = flag("parallelism", 1, "hybrid_parallel: pipeline stages", type=int)
     num_microbatches: int = flag("parallelism", 0, "hybrid_parallel: pieces the pipeline cuts a replica's micro-batch into; 0: the fastest, by expectation, of 1 to 4 a stage", type=int)
     pp_schedule: str = flag("parallelism", "1f1b", "hybrid_parallel: pipeline schedule", choices=("1f1b", "interleaved"))
-    num_model_chunks: int = flag("parallelism", 0, "hybrid_parallel, interleaved: parts of the model on each stage, 2 or more; 0: the fastest, by expectation", type=int)
+    num_model_chunks: int = flag("parallelism", 0, "hybrid_parallel, interleaved: parts of the model on each stage, 2 or more; 0: the fastest, by expectation, of two layers or more", type=int)
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
     offload_optim_frac: float = flag("parallelism", 0.0, "low_level_zero and gemini: share of optimizer states kept on the host, 0 to 1", type=float)
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)

@@ -1028,9 +1028,12 @@ def _chunk_choices(args: TrainArgs, shape: ModelShape) -> list[int]:
 
 
 def chunk_numbers(shape: ModelShape, pp: int) -> list[int]:
-    """Return the numbers of parts of as many layers each that a stage of an interleaved pipeline may have."""
+    """Return the numbers of parts that a stage of an interleaved pipeline may have, each of as many layers, two or more.
+
+    What a part of one layer costs the host beside its launches was not measured.
+    """
     layers, rest = divmod(shape.num_layers, pp)
-    return [] if rest else [number for number in range(2, layers + 1) if layers % number == 0]
+    return [] if rest else [number for number in range(2, layers // 2 + 1) if layers % number == 0]
 
 
 def in_pieces(request: PlanRequest, numbers: Sequence[int] = ()) -> Iterator[PlanRequest]:

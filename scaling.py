@@ -47,7 +47,7 @@ PEAK_FLOPS = 989.4e12  # data sheet, dense: what MFU is a share of
 # Of the share of MATRIX_FLOPS that compiled layers reach (speed.MATRIX_SHARE) these plugins have a part: gemini between 0.87
 # of 1.3b and all of 6.7b, 13b and 30b, torch_ddp_fp16 125m's ratio (2026-11-27 and 28).
 SHARE_OF_PLUGIN = {"gemini": 0.94, "torch_ddp_fp16": 0.86}
-# Pipelines of wide matrices: 13b and 30b under tp 2 x pp 2 and pp 4 on four H200, 1F1B and interleaved, 3 % to either side
+# Pipelines of wide matrices: 13b and 30b under tp 2 x pp 2 and pp 4 on four H200, 1F1B and interleaved, 4 % to either side
 # (2026-11-28).
 PIPELINE_SHARE = 0.78
 EAGER_SHARE = 0.5  # ASSUMPTION

@@ -71,8 +71,9 @@ GRAPH_LAUNCH_S = 1.2e-3
 # 3.0 at most (2026-11-28).
 EAGER_LAYER_S, COMPILED_LAYER_S = 3.8e-3, 3.0e-3
 # Adding the gradients of a pipeline's next piece to those that are there, in 16 bits: 34 ms of 13b under tp 2 x pp 2 in
-# eight pieces, on H200 (2026-11-27).
-SUM_PARAMETER_S = 1.5e-12
+# eight pieces, on H200 (2026-11-27), 1.5e-12; what two pieces gain on four in ten parts a stage, 8 ms a step beside a bubble
+# twice as large (2026-11-28), 2.3e-12, of which some is that products are larger.
+SUM_PARAMETER_S = 1.7e-12
 # Updating in the backward pass, the host waits for the loss before it may launch that pass. Estimate.
 BACKWARD_STEP_SPEED = 0.97
 # 28 bytes of states, gradient and weight a parameter, read or written at 2.8 TB/s. Estimate.
