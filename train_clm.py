@@ -335,7 +335,7 @@ def require_for_graphs(args: TrainArgs, lacks: Sequence[str]) -> None:
     """Raise ConfigError where CUDA graphs were asked for and the setting, given or chosen, lacks something for them."""
     if args.cuda_graphs == "on" and lacks:
         needs = ", ".join(dict.fromkeys(lacks))
-        raise ConfigError(f"--cuda_graphs on: needs {needs}; leave it away, or give other flags for the rest to fit")
+        raise ConfigError(f"--cuda_graphs on: needs {needs}; give flags that meet this, or leave it away")
 
 
 def require_same_choice(args: TrainArgs, process: Runtime) -> None:
