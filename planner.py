@@ -404,6 +404,11 @@ def graph_obstacles(request: PlanRequest) -> list[str]:
     return [name for name, is_there in needs.items() if not is_there]
 
 
+def replays_graphs(request: PlanRequest) -> bool:
+    """Return whether the layers of a setting are replayed as CUDA graphs."""
+    return request.cuda_graphs and not graph_obstacles(request)
+
+
 def has_16_bit_gradients(plugin: str, precision: str, *, compiled: bool, accumulates: bool) -> bool:
     """Return whether matrices of layers have 16-bit gradients beside fp32 weights: colossal_ext/gradient_types.py.
 
@@ -682,7 +687,7 @@ def _moments(request: PlanRequest) -> dict[str, DeviceBytes]:
     )
     # Of a pipeline with a piece a stage only the first part has made gradients while all pieces are under way.
     kept = states.kept_gradients
-    if request.num_microbatches == request.pp and not request.accumulates:
+    if request.pp_chunks > 1 and request.num_microbatches == request.pp and not request.accumulates:
         layers = request.item_bytes * request.shape.layer_params * request.shape.num_layers // (request.pp * request.tp)
         kept -= layers - layers // request.pp_chunks
     at_loss = replace(fixed, gradients=kept, activations=activations.saved, logits=activations.logits)
@@ -926,7 +931,7 @@ def work(request: PlanRequest) -> Work:
         chunks=request.pp_chunks,
         compiled=request.compiled,
         layers_per_graph=_request_layers_per_graph(request),
-        cuda_graphs=request.cuda_graphs and not graph_obstacles(request),
+        cuda_graphs=replays_graphs(request),
         layer_bytes=2 * (request.tp - 1) / request.tp * num_bytes,
         layer_rounds=2 * calls * math.log2(request.tp),
         stage_bytes=stage_bytes,
@@ -1157,7 +1162,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
     if request.step_in_backward:
         what.append("updated in the backward pass")
-    if request.cuda_graphs and not graph_obstacles(request):
+    if replays_graphs(request):
         what.append("layers as CUDA graphs")
     what += [f"{axis} {size}" for axis, size in (("tp", request.tp), ("pp", request.pp)) if size > 1]
     if request.pp_chunks > 1:

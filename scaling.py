@@ -219,8 +219,7 @@ def _compute_s(request: PlanRequest) -> tuple[float, float]:
     forward_s = tokens * flops.model / 3 / rate * beside_nccl * stage_imbalance(request.shape, request.pp)
     recompute_s = tokens * (flops.hardware - flops.model) / rate * RECOMPUTED
     sums_s = (request.num_microbatches - 1) * stage_params(request) * SUM_PARAMETER_S
-    backward_s = 2 * forward_s + recompute_s + sums_s
-    return forward_s, backward_s
+    return forward_s, 2 * forward_s + recompute_s + sums_s
 
 
 def _matrix_share(request: PlanRequest) -> float:
@@ -256,7 +255,8 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     """Return the seconds in which the GPU waits for gradients, and for parameters.
 
     torch_ddp all-reduces fp32 gradients, but those of compiled matrices, and the others 16-bit ones; LowLevelZero and
-    Gemini scatter them. ZeRO gathers the new 16-bit parameters: LowLevelZero in the next forward pass, which hides it, hybrid_parallel after the update.
+    Gemini scatter them. ZeRO gathers the new 16-bit parameters: LowLevelZero in the next forward pass, which hides it,
+    hybrid_parallel after the update.
     Gemini gathers every chunk for the forward pass, and again for the backward pass, and by default fetches none ahead.
     A pipeline exchanges gradients when its last micro-batch is done.
     """
@@ -288,8 +288,6 @@ def _layers_s(request: PlanRequest, group: Group) -> float:
 
 def _stages_s(request: PlanRequest, group: Group) -> float:
     """Return the seconds in which a stage sends its chunks' outputs on and gradients back, for every micro-batch."""
-    if group.size == 1:
-        return 0.0
     num_bytes, calls = stage_exchanges(request)
     link = NIC_BYTES_S if group.size > group.local else NVLINK_BYTES_S[2]
     return num_bytes / link + calls * LATENCY_S

@@ -193,12 +193,9 @@ def step_time(work: Work) -> StepTime:
     forward_backward = work.tokens * flops.model / rate * stage_imbalance(work.shape, work.stages) + sums
     recompute = work.tokens * (flops.hardware - flops.model) / rate * _recompute_imbalance(work)
     last_backward = (forward_backward * 2 / 3 + recompute) / work.micro_batches
-    layers, stages = (
-        num_bytes / NVLINK_BYTES_S[2] + rounds * LATENCY_S
-        for num_bytes, rounds in ((work.layer_bytes, work.layer_rounds), (work.stage_bytes, work.stage_rounds))
-    )
+    layers = _exchange_s(work.layer_bytes, work.layer_rounds)
+    exchanges = layers + _exchange_s(work.stage_bytes, work.stage_rounds)
     bubble = work.bubble * (forward_backward + recompute + layers)
-    exchanges = layers + stages
     host = work.host_states * HOST_ADAM_S
     if work.step_in_backward:
         host = max(0.0, host - last_backward)
@@ -212,6 +209,10 @@ def step_time(work: Work) -> StepTime:
         host=host + work.micro_batches * work.host_parameters * HOST_PARAMETER_S,
         launches=max(0.0, _launch_s(work) - compute - recompute - exchanges - bubble),
     )
+
+
+def _exchange_s(num_bytes: float, rounds: float) -> float:
+    return num_bytes / NVLINK_BYTES_S[2] + rounds * LATENCY_S
 
 
 def matrix_share(hidden_size: int, *, tp: int = 1) -> float:

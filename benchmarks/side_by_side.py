@@ -181,8 +181,6 @@ GPUS_CONTESTANTS = (
     ),
     _ours("hybrid_parallel", "--pp", "4", *INTERLEAVED, "2", name="hybrid_pp4_interleaved", min_gpus=4),
     _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, "4", name="hybrid_interleaved_4", min_gpus=4),
-    # Pieces and parts as the planner chooses.
-    _ours("hybrid_parallel", *TP2_PP2, *INTERLEAVED, "0", name="hybrid_interleaved_chosen", min_gpus=4),
 )
 TEN_PARTS = (*TP2_PP2, *INTERLEAVED, "10", "--num_microbatches", "2")  # of two layers each, of 13b
 LARGEST_CONTESTANTS = (

@@ -82,42 +82,19 @@ def test_what_was_measured_is_met_within_10_percent(plugin, gpus, changes, token
     assert prediction.tokens_per_s == pytest.approx(tokens_per_s, rel=0.10)
 
 
-# Four H200, 2026-11-28, batch 4 a GPU: tokens/s, GiB allocated (benchmarks/results/gpus.md).
+# Four H200, 2026-11-28, batch 4 a GPU, 1.3b 8: tokens/s, GiB allocated (benchmarks/results/gpus.md).
+TP_2_PP_2 = {"batch_size": 16, "tp": 2, "pp": 2}
 LARGE = [
     ("6.7b", "low_level_zero", {"batch_size": 4, "zero_stage": 1}, 51_865, 44.9),
     ("13b", "low_level_zero", {"batch_size": 4, "zero_stage": 1}, 26_913, 81.4),
-    ("13b", "hybrid_parallel", {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8}, 22_000, 56.5),
-    (
-        "13b",
-        "hybrid_parallel",
-        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8, "pp_chunks": 2},
-        22_980,
-        58.3,
-    ),
-    (
-        "13b",
-        "hybrid_parallel",
-        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 4, "pp_chunks": 4},
-        24_124,
-        65.5,
-    ),
+    ("13b", "hybrid_parallel", {**TP_2_PP_2, "num_microbatches": 8}, 22_000, 56.5),
+    ("13b", "hybrid_parallel", {**TP_2_PP_2, "num_microbatches": 8, "pp_chunks": 2}, 22_980, 58.3),
+    ("13b", "hybrid_parallel", {**TP_2_PP_2, "num_microbatches": 4, "pp_chunks": 4}, 24_124, 65.5),
     ("13b", "hybrid_parallel", {"batch_size": 16, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}, 22_333, 58.6),
-    ("30b", "hybrid_parallel", {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8}, 10_084, 125.6),
+    ("30b", "hybrid_parallel", {**TP_2_PP_2, "num_microbatches": 8}, 10_084, 125.6),
     ("30b", "hybrid_parallel", {"batch_size": 16, "pp": 4, "num_microbatches": 16, "pp_chunks": 2}, 10_250, 128.9),
-    (
-        "13b",
-        "hybrid_parallel",
-        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 2, "pp_chunks": 10},
-        24_633,
-        73.1,
-    ),
-    (
-        "30b",
-        "hybrid_parallel",
-        {"batch_size": 16, "tp": 2, "pp": 2, "num_microbatches": 8, "pp_chunks": 4},
-        10_868,
-        127.3,
-    ),
+    ("13b", "hybrid_parallel", {**TP_2_PP_2, "num_microbatches": 2, "pp_chunks": 10}, 24_633, 73.1),
+    ("30b", "hybrid_parallel", {**TP_2_PP_2, "num_microbatches": 8, "pp_chunks": 4}, 10_868, 127.3),
     ("6.7b", "torch_ddp", {"batch_size": 4}, 45_769, 101.7),
     ("1.3b", "torch_ddp", {"batch_size": 8}, 231_079, 29.3),
     ("1.3b", "low_level_zero", {"batch_size": 8, "zero_stage": 1}, 252_301, 17.5),
