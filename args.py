@@ -72,7 +72,7 @@ class TrainArgs:
     precision: str = flag("parallelism", "auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU where the plugin has it", choices=("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: str = flag("parallelism", "auto", "recompute activations: on, off, N (the first N layers), auto: where memory needs it", metavar="{auto,on,off,N}")
     compile: str = flag("parallelism", "auto", "torch.compile; auto: on a GPU, where rows have one length", choices=("auto", "on", "off"))
-    cuda_graphs: str = flag("parallelism", "off", "on: record the kernels of compiled layers and replay them at once, for small models and batches, where the GPU waits for launches", choices=("on", "off"))
+    cuda_graphs: str = flag("parallelism", "auto", "record the kernels of compiled layers and replay them at once; auto: those of small layers, whose launches take as long as they do", choices=("auto", "on", "off"))
     mem_cap: float = flag("parallelism", 0.0, "memory cap of each GPU in GB (10^9 bytes); 0: none", type=float)
     zero_stage: int | None = flag("parallelism", None, "ZeRO stage: 1, 2 (low_level_zero; off: 1; 2 matters to gradients that accumulate) or 0, 1, 2 (hybrid_parallel; off: 0)", type=int, choices=(0, 1, 2))
     tp: int = flag("parallelism", 1, "hybrid_parallel: GPUs that share each layer", type=int)

@@ -132,10 +132,9 @@ def layerdrop_problems(source: ModelSource, world_size: int) -> list[str]:
     return [f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json"]
 
 
-def graph_obstacles(source: ModelSource, compiled: str) -> list[str]:
+def graph_obstacles(source: ModelSource) -> list[str]:
     """Return what a model lacks for its layers to be replayed as CUDA graphs, beside `planner.graph_obstacles`."""
-    needs = {"compiled layers": compiled == "on", "no layerdrop": not getattr(source.config, "layerdrop", 0.0)}
-    return [name for name, is_there in needs.items() if not is_there]
+    return ["no layerdrop"] if getattr(source.config, "layerdrop", 0.0) else []
 
 
 def load_tokenizer(args: TrainArgs, source: ModelSource) -> Any:

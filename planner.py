@@ -201,7 +201,7 @@ class PlanRequest:
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
         compiled: layers, and the loss where no rank has a share of the logits.
-        cuda_graphs: layers are to be replayed as CUDA graphs, unless there are `graph_obstacles`.
+        cuda_graphs: on: layers are to be replayed as CUDA graphs, unless there are `graph_obstacles`; auto: small ones.
         dropout: whether dropout masks are kept.
         random_weights: drawn on the GPU, where they stay if there is room; others pass through the host.
         gpu_gib: memory of one GPU; None on a CPU.
@@ -227,7 +227,7 @@ class PlanRequest:
     offload_param_frac: float = 0.0
     step_in_backward: bool = False
     compiled: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: str = "off"
     dropout: bool = True
     random_weights: bool = False
     gpu_gib: float | None = None
@@ -406,7 +406,8 @@ def graph_obstacles(request: PlanRequest) -> list[str]:
 
 def replays_graphs(request: PlanRequest) -> bool:
     """Return whether the layers of a setting are replayed as CUDA graphs."""
-    return request.cuda_graphs and not graph_obstacles(request)
+    wanted = request.cuda_graphs == "on" or (request.cuda_graphs == "auto" and _request_layers_per_graph(request) > 1)
+    return wanted and not graph_obstacles(request)
 
 
 def has_16_bit_gradients(plugin: str, precision: str, *, compiled: bool, accumulates: bool) -> bool:
@@ -797,6 +798,7 @@ class Choice:
         tp, pp, pp_schedule, num_model_chunks: of hybrid_parallel; the last is 0 but for an interleaved pipeline.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
+        cuda_graphs: layers are replayed as such.
         graph_obstacles: what it lacks for the CUDA graphs that were asked for.
         reason: one line: what was chosen and why.
         fits: False where no setting is predicted to fit; the smallest is then chosen.
@@ -816,6 +818,7 @@ class Choice:
     gradient_accumulation_steps: int
     num_microbatches: int
     num_model_chunks: int
+    cuda_graphs: bool
     graph_obstacles: tuple[str, ...]
     reason: str
     plan: Plan
@@ -1013,7 +1016,7 @@ def _requests(
             offload_param_frac=setting.offload_param_frac,
             step_in_backward=setting.step_in_backward,
             compiled=_compiled(named, on_cpu=gpu_gib is None),
-            cuda_graphs=args.cuda_graphs == "on",
+            cuda_graphs="off" if args.eval_only else args.cuda_graphs,
             random_weights=args.from_scratch or args.model_size == "tiny",
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
@@ -1190,7 +1193,8 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
         num_model_chunks=request.pp_chunks if request.pp_chunks > 1 else 0,
-        graph_obstacles=tuple(graph_obstacles(request)) if request.cuda_graphs else (),
+        cuda_graphs=replays_graphs(request),
+        graph_obstacles=tuple(graph_obstacles(request)) if request.cuda_graphs == "on" else (),
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",
         plan=chosen.plan,
         step_time=chosen.step_time,
@@ -1342,7 +1346,7 @@ def oom_advice(
         refused = problems(changed, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus)
         if changed != ran and not refused:
             # Of these only shorter rows leave layers as they were.
-            recorded = {"cuda_graphs": "off"} if given.cuda_graphs == "on" and "block_size" not in changes else {}
+            recorded = {"cuda_graphs": "auto"} if given.cuda_graphs == "on" and "block_size" not in changes else {}
             flags = {**chosen, **changes, **recorded}
             advice.append(_flags({name: flags[name] for name in flags if flags[name] != getattr(given, name)}))
     if given.mem_cap:

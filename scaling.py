@@ -346,6 +346,7 @@ def settings(job: Job, machines: Machines, plugin: str) -> Iterator[PlanRequest]
                     pp=pp,
                     checkpointed_layers=recomputed,
                     compiled=True,
+                    cuda_graphs="auto",
                 )
                 if pp == 1:
                     yield setting

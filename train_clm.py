@@ -303,6 +303,10 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
     import planner
     import strategy
 
+    args = replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
+    lacks = model.graph_obstacles(source)
+    if lacks and args.cuda_graphs == "auto":
+        args = replace(args, cuda_graphs="off")
     choice = planner.resolve_auto(
         args,
         shape,
@@ -313,6 +317,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
         has_bf16=process.has_bf16,
         dropout=getattr(source.config, "dropout", 0.0) > 0,
     )
+    require_for_graphs(args, (*choice.graph_obstacles, *lacks))
     default_stage = {"low_level_zero": 1, "hybrid_parallel": 0}.get(choice.plugin)
     args = replace(
         args,
@@ -321,21 +326,19 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
             "precision": choice.precision,
             "step_in_backward": "on" if choice.step_in_backward else "off",
             "zero_stage": default_stage if args.zero_stage is None else args.zero_stage,
+            "cuda_graphs": "on" if choice.cuda_graphs else "off",
         },
     )
     found = model.layerdrop_problems(source, process.world_size)
     if found := found + planner.layout_problems(args, source.name, shape):
         raise ConfigError(*found)
-    compiled = strategy.resolve_compile(args, on_cpu=process.on_cpu)
-    require_for_graphs(args, (*choice.graph_obstacles, *model.graph_obstacles(source, compiled)))
-    return choice, replace(args, compile=compiled)
+    return choice, args
 
 
 def require_for_graphs(args: TrainArgs, lacks: Sequence[str]) -> None:
     """Raise ConfigError where CUDA graphs were asked for and the setting, given or chosen, lacks something for them."""
     if args.cuda_graphs == "on" and lacks:
-        needs = ", ".join(dict.fromkeys(lacks))
-        raise ConfigError(f"--cuda_graphs on: needs {needs}; give flags that meet this, or leave it away")
+        raise ConfigError(f"--cuda_graphs on: needs {', '.join(lacks)}; give flags that meet this, or leave it away")
 
 
 def require_same_choice(args: TrainArgs, process: Runtime) -> None:

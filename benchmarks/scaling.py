@@ -149,6 +149,7 @@ def request_of(args: dict[str, Any], world_size: int, gpu_gib: float | None) -> 
         offload_optim_frac=args["offload_optim_frac"],
         offload_param_frac=args["offload_param_frac"],
         compiled=args["compile"] == "on",
+        cuda_graphs=args.get("cuda_graphs", "off"),  # which older results lack
         dropout=(shape.dropout if args["dropout"] is None else args["dropout"]) > 0,
         random_weights=args["from_scratch"],
         gpu_gib=gpu_gib,

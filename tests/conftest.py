@@ -78,6 +78,7 @@ def run_training() -> Callable[..., Run]:
     """Run train_clm.py as a user does, with its results in `folder`/run."""
 
     def run(folder: Path, *flags: object, world: int = 1, from_scratch: bool = True, **env: str) -> Run:
+        folder.mkdir(parents=True, exist_ok=True)
         code_file = folder / "exit-code"
         for left in folder.glob("exit-code*"):
             left.unlink()

@@ -19,13 +19,13 @@ from colossal_ext import layer_groups
 from conftest import Run
 from model import ModelSource, opt_config
 from opt_sizes import OPT_SHAPES
-from planner import PlanRequest, fitting_flags, graph_obstacles, model_shape, oom_advice, resolve_auto, work
+from planner import PlanRequest, fitting_flags, graph_obstacles, model_shape, oom_advice, replays_graphs, resolve_auto, work
 from runtime import Runtime
 from speed import step_time
 from train_clm import print_plan, resolve
 
 SHAPE = model_shape(OPT_SHAPES["125m"])
-SMALL = PlanRequest(SHAPE, "low_level_zero", "bf16", 1, 8, 1024, compiled=True, cuda_graphs=True, gpu_gib=80.0)
+SMALL = PlanRequest(SHAPE, "low_level_zero", "bf16", 1, 8, 1024, compiled=True, cuda_graphs="on", gpu_gib=80.0)
 # Evaluation after each second step, with batches of another size; masks; a norm.
 FLAGS = (
     "--block_size 128 --per_device_train_batch_size 4 --num_train_epochs 3 --max_train_steps 6 --per_device_eval_batch_size 3 "
@@ -56,13 +56,30 @@ def test_layers_can_be_replayed_where_nothing_moves_or_happens_between_them(
 ) -> None:
     request = replace(SMALL, **changes)
     assert graph_obstacles(request) == obstacles
-    assert work(request).cuda_graphs == (not obstacles) and not work(replace(request, cuda_graphs=False)).cuda_graphs
+    assert work(request).cuda_graphs == (not obstacles) and not work(replace(request, cuda_graphs="off")).cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("changes", "replayed"),
+    [
+        ({}, True),
+        ({"batch_size": 64}, False),
+        ({"accumulation_steps": 2}, False),
+        ({"gpu_gib": None}, False),
+        ({"compiled": False}, False),
+        ({"shape": model_shape(OPT_SHAPES["6.7b"])}, False),
+        ({"shape": model_shape(OPT_SHAPES["6.7b"]), "cuda_graphs": "on"}, True),
+        ({"cuda_graphs": "off"}, False),
+    ],
+)
+def test_auto_replays_small_layers(changes: dict[str, Any], replayed: bool) -> None:
+    assert replays_graphs(replace(SMALL, **{"cuda_graphs": "auto", **changes})) == replayed
 
 
 def test_a_small_batch_waits_less_for_launches_and_a_large_one_never_did() -> None:
     for rows, gains in ((8, True), (64, False)):
         launched, replayed = (
-            step_time(work(replace(SMALL, batch_size=rows, cuda_graphs=on))).total for on in (False, True)
+            step_time(work(replace(SMALL, batch_size=rows, cuda_graphs=word))).total for word in ("off", "on")
         )
         assert (replayed < 0.9 * launched) == gains and replayed <= launched
 
@@ -87,6 +104,27 @@ def test_a_setting_without_graphs_is_refused_where_they_were_asked_for(
         resolve(args, process, ModelSource("125m", config, None), SHAPE)
 
 
+def test_auto_becomes_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategy._has_c_compiler", lambda: True)
+    monkeypatch.setattr(Runtime, "device_memory_gib", 80.0)
+    monkeypatch.setattr(Runtime, "has_bf16", True)
+    gpu = Runtime(0, 1, 0, 1, torch.device("cuda"), 1)
+    config = opt_config(OPT_SHAPES["125m"])
+    small = TrainArgs(model_name_or_path="125m", from_scratch=True, block_size=1024, per_device_train_batch_size=8)
+
+    def resolved(args: TrainArgs, layerdrop: float = 0.0) -> tuple[str, str, bool]:
+        config.layerdrop = layerdrop
+        choice, used = resolve(args, gpu, ModelSource("125m", config, None), SHAPE)
+        return used.compile, used.cuda_graphs, "layers as CUDA graphs" in choice.reason
+
+    assert resolved(small) == ("on", "on", True)
+    assert resolved(small, layerdrop=0.1) == ("on", "off", False)
+    assert resolved(replace(small, eval_only=True)) == ("on", "off", False)
+    assert resolved(replace(small, per_device_train_batch_size=64)) == ("on", "off", False)
+    monkeypatch.setattr("strategy._has_c_compiler", lambda: False)
+    assert resolved(small) == ("off", "off", False)
+
+
 def test_a_plan_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--plan --gpus 1 --model_name_or_path 125m --cuda_graphs on --plugin"
     assert print_plan(parse_args(f"{flags} gemini".split())) == 2
@@ -107,12 +145,12 @@ def test_what_auto_takes_under_a_tight_cap_is_refused_where_graphs_were_asked_fo
     assert resolve_auto(replace(args, cuda_graphs="off"), shape, 1, 14.0, None).graph_obstacles == ()
 
 
-def test_advice_switches_graphs_off_where_it_changes_the_layers() -> None:
+def test_advice_leaves_graphs_to_auto_where_it_changes_the_layers() -> None:
     given = TrainArgs(plugin="low_level_zero", cuda_graphs="on", per_device_train_batch_size=8, block_size=1024)
     used = replace(given, precision="bf16", gradient_checkpointing="0", step_in_backward="off", zero_stage=1)
     advice = oom_advice(given, used, num_layers=12, world_size=1)
-    assert "--gradient_checkpointing on --cuda_graphs off" in advice and "--block_size 512" in advice
-    assert "--cuda_graphs off" in (fitting_flags(given, used, model_shape(OPT_SHAPES["1.3b"]), 1, 22.0, None) or "")
+    assert "--gradient_checkpointing on --cuda_graphs auto" in advice and "--block_size 512" in advice
+    assert "--cuda_graphs auto" in (fitting_flags(given, used, model_shape(OPT_SHAPES["1.3b"]), 1, 22.0, None) or "")
 
 
 def test_graphs_are_recorded_where_gradients_are_wanted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
