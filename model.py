@@ -286,7 +286,7 @@ def compile_layers(
 ) -> None:
     """Compile the decoder layers and the loss in place, so that parameter names stay.
 
-    One graph serves all layers, or all groups of one size. Compiled as a whole the model is slower (125m, batch 32, one
+    One graph serves all layers, or all groups of one size, with batches of one size. Compiled as a whole the model is slower (125m, batch 32, one
     H100: 411k instead of 470k tokens/s), holds the logits twice, and gives no gradient away before all of them are there.
 
     Args:
@@ -306,7 +306,7 @@ def compile_layers(
     set_gradient_dtype(decoder_layers(model), gradient_dtype)
     for group in groups or [(layer,) for layer in decoder_layers(model)]:
         compile_together(group, cuda_graphs=cuda_graphs)
-    model.loss_function = torch.compile(model.loss_function)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

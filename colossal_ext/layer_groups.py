@@ -1,4 +1,8 @@
-"""Decoder layers compiled several at a time: around each graph the host spends as long as on the launches inside."""
+"""Decoder layers compiled several at a time: around each graph the host spends as long as on the launches inside.
+
+Each size of a batch has a graph of its own (`dynamic=False`). Otherwise a second size, of a split's last batch, would open the
+sizes of all graphs after it: those of training, where a resumed run evaluates first, which would be slower and sum otherwise.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class LayerGroups:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._run_graph = torch.compile(_run_layers) if size > 1 else _run_layers
+        self._run_graph = torch.compile(_run_layers, dynamic=False) if size > 1 else _run_layers
 
     def __call__(self, layers: Sequence[Any], hidden_states: Tensor, **arguments: Any) -> Tensor:
         """Return the last layer's output of `hidden_states`, (B, T, H), each getting `arguments` as well."""
@@ -57,7 +61,7 @@ def compile_together(layers: Sequence[Any], *, cuda_graphs: bool = False) -> Non
             gradients too, is used again in the next forward pass.
     """
     if len(layers) == 1 and not cuda_graphs:
-        layers[0].compile()
+        layers[0].compile(dynamic=False)
         return
     group = _Group(tuple(layers), cuda_graphs=cuda_graphs)
     first, *others = layers
@@ -71,9 +75,11 @@ class _Group:
 
     def __init__(self, layers: tuple[Any, ...], *, cuda_graphs: bool) -> None:
         self._layers = layers
-        self._evaluate = torch.compile(_run_uncompiled)
+        self._evaluate = torch.compile(_run_uncompiled, dynamic=False)
         recorded: dict[str, Any] = {"triton.cudagraphs": True}
-        self._train = torch.compile(_run_uncompiled, options=recorded) if cuda_graphs else self._evaluate
+        self._train = self._evaluate
+        if cuda_graphs:
+            self._train = torch.compile(_run_uncompiled, dynamic=False, options=recorded)
         # Of the last call of the first layer, until the last layer is called.
         self._arguments: dict[str, Any] = {}
         self._num_left = 0

@@ -19,7 +19,16 @@ from colossal_ext import layer_groups
 from conftest import Run
 from model import ModelSource, opt_config
 from opt_sizes import OPT_SHAPES
-from planner import PlanRequest, fitting_flags, graph_obstacles, model_shape, oom_advice, replays_graphs, resolve_auto, work
+from planner import (
+    PlanRequest,
+    fitting_flags,
+    graph_obstacles,
+    model_shape,
+    oom_advice,
+    replays_graphs,
+    resolve_auto,
+    work,
+)
 from runtime import Runtime
 from speed import step_time
 from train_clm import print_plan, resolve
@@ -156,7 +165,7 @@ def test_advice_leaves_graphs_to_auto_where_it_changes_the_layers() -> None:
 def test_graphs_are_recorded_where_gradients_are_wanted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def compiled(run: Any, options: dict[str, Any] | None = None) -> Any:
+    def compiled(run: Any, *, dynamic: bool, options: dict[str, Any] | None = None) -> Any:
         def noted(*args: Any, **arguments: Any) -> Any:
             called.append(options)
             return run(*args, **arguments)

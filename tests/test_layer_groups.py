@@ -18,7 +18,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import strategy
 from args import TrainArgs
 from colossal_ext.layer_groups import LayerGroups, compile_together, in_groups
-from model import decoder_layers
+from model import compile_layers, decoder_layers
 from opt_sizes import OPT_SHAPES
 from planner import PlanRequest, _graph_gradients, layers_per_graph, model_shape
 
@@ -38,7 +38,7 @@ def groups_of(monkeypatch: pytest.MonkeyPatch, size: int, layers: list[Layer]) -
     """Return how many layers each graph was given, and what came out of them for ones."""
     sizes: list[int] = []
 
-    def compiled(run: Any) -> Any:
+    def compiled(run: Any, **_: Any) -> Any:
         def counted(part: Any, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
             sizes.append(len(part))
             return run(part, hidden_states, **arguments)
@@ -103,8 +103,29 @@ def test_layers_compiled_together_compute_what_they_do_apart(monkeypatch: pytest
     torch.testing.assert_close(loss_and_gradients(model)[0], wanted[0])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_training_has_its_own_size_compiled_in_whatever_was_evaluated_before(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    are_open: list[bool] = []
+
+    def compiler(graph: Any, inputs: list[Any]) -> Any:
+        are_open.append(any(isinstance(each, torch.SymInt) for each in inputs))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    model = tiny_model()
+    compile_layers(model, in_groups(decoder_layers(model), size))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for rows in (3, 1):  # the last batch of a split is smaller
+            model(input_ids=torch.arange(10).expand(rows, 10), labels=torch.arange(10).expand(rows, 10))
+    loss_and_gradients(model)
+    assert are_open == [False] * len(are_open) and len(are_open) == 6  # a graph of the layers and one of the loss
+
+
 def test_layers_of_one_graph_cannot_be_called_differently(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda run: run)
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     first, second, third = layers = decoder_layers(tiny_model())[:3]
     compile_together(layers)
     arguments = {"position_ids": torch.arange(4)[None], "attention_mask": None}
