@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -42,6 +43,9 @@ def main(flags: Sequence[str]) -> int:
     gpus = hardware.visible_gpus()
     try:
         settings = Settings.from_environment(os.environ, gpus, flags)
+        if os.environ.get("DRY_RUN") == "1":
+            Sweep(settings, gpus).show()
+            return 0
         settings.folder.mkdir(parents=True, exist_ok=True)
         with locked(settings.folder):
             check_machine(settings.folder, gpus)
@@ -92,6 +96,14 @@ class Sweep:
             for cell in settings.cells
             if self.forecasts[cell].refusal is None and self.must_run(cell, number)
         ]
+
+    def show(self) -> None:
+        """Print a line for each pending run, as a shell reads it, and for each cell that is not tried."""
+        for cell, number in self.pending:
+            print(shlex.join(launcher(cell, number, self.settings)))
+        for cell, known in self.forecasts.items():
+            if known.refusal:
+                print(f"# {cell.name}: {known.refusal}")
 
     def run(self) -> int:
         """Do the pending runs and return the exit code: 1 where no cell is ok, 130 after Ctrl-C."""
@@ -184,17 +196,22 @@ def wanted_flags(cell: Cell, settings: Settings) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------- one run
 
 
+def launcher(cell: Cell, number: int, settings: Settings) -> list[str]:
+    """Return the command of a run."""
+    folder = str(run_folder(settings, cell, number))
+    own = (*cell.flags(settings.steps), "--overwrite_output_dir", "--output_dir", folder)
+    return ["bash", str(ROOT / "run_clm_synthetic.sh"), *own, *settings.flags]
+
+
 def measure(cell: Cell, number: int, settings: Settings) -> Outcome:
     """Run one cell once, and leave its outcome beside its log and result."""
     folder, flags = run_folder(settings, cell, number), wanted_flags(cell, settings)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("outcome.json", "result.json"):
         (folder / name).unlink(missing_ok=True)
-    own = cell.flags(settings.steps)
-    command = ["bash", str(ROOT / "run_clm_synthetic.sh"), *own, "--overwrite_output_dir", "--output_dir", str(folder)]
     started = time.monotonic()
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        code = run_for(settings.timeout_s, [*command, *settings.flags], log)
+        code = run_for(settings.timeout_s, launcher(cell, number, settings), log)
     status, reason = judge(code, folder, settings.timeout_s)
     outcome = Outcome(status, reason, time.monotonic() - started, code, flags)
     table.write_outcome(outcome, folder)

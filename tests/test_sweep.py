@@ -222,6 +222,16 @@ def test_what_the_planner_or_the_checks_refuse_is_a_row_and_starts_nothing(bench
     assert "1 runs to do of 4 cells" in errors
 
 
+def test_a_dry_run_prints_each_command_and_what_is_refused_and_starts_nothing(bench: Bench) -> None:
+    code, output, _ = bench.run("--seed", "7", BATCH_SIZES="1 2", PLUGINS="torch_ddp torch_ddp_fp16", DRY_RUN="1")
+    lines = [line for line in output.splitlines() if not line.startswith("#")]
+    assert code == 0 and not bench.calls and not bench.out.exists()
+    for rows, line in zip((1, 2), lines, strict=True):
+        assert shlex.split(line)[:3] == ["bash", str(ROOT / "run_clm_synthetic.sh"), str(rows)]
+        assert shlex.split(line)[-2:] == ["--seed", "7"]
+    assert output.count("fp16 needs a GPU") == 2
+
+
 def test_a_sweep_without_an_ok_cell_ends_with_1(bench: Bench) -> None:
     assert bench.run(BATCH_SIZES="4", HARM=json.dumps(HARM))[0] == 1
 
