@@ -64,7 +64,8 @@ class TrainArgs:
     num_train_epochs: int = flag("training", 1, "passes over the training data", type=int)
     max_train_steps: int | None = flag("training", None, "stop after this many steps, overrides epochs; off: epochs decide", type=int)
     logging_steps: int = flag("training", 10, "steps between two log lines, at which several ranks are also compared for a slow one", type=int)
-    eval_strategy: str = flag("training", "epoch", "epoch: evaluate after each epoch and at the end; no: never", choices=("epoch", "no"))
+    eval_strategy: str = flag("training", "epoch", "evaluate after each epoch and at the end (epoch), only at the end and as --eval_steps says (steps), or never (no)", choices=("epoch", "steps", "no"))
+    eval_steps: int = flag("training", 0, "steps between two evaluations, unless --eval_strategy no; 0: off", type=int)
     seed: int = flag("training", 42, "seed of weights, dropout and data order", type=int)
     deterministic: bool = flag("training", False, "ask for GPU kernels that repeat every bit, as a CPU does; attention may be slower")
 
@@ -200,7 +201,7 @@ def _number_problems(args: TrainArgs) -> list[str]:
         "num_microbatches": 0, "num_model_chunks": 0,
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
-        "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
+        "eval_steps": 0, "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
     }  # fmt: skip
     between = {
         "dropout": (0, 1), "warmup_ratio": (0, 1), "offload_optim_frac": (0, 1), "offload_param_frac": (0, 1),

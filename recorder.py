@@ -143,14 +143,14 @@ class Recorder:
         if self.tracker:
             self.tracker.log(step, {name: value for name, value in measured.items() if value is not None})
 
-    def on_evaluation(self, evaluation: Evaluation, *, epoch: int | None = None) -> None:
-        """Record and log an evaluation; the last one stands in result.json."""
+    def on_evaluation(self, evaluation: Evaluation, when: str = "") -> None:
+        """Record and log an evaluation, made e.g. after `epoch 1`; the last one stands in result.json."""
         protocol = self.job.data.protocol
         self.evaluation = report.Eval.from_loss(evaluation.loss, num_tokens=evaluation.num_tokens, protocol=protocol)
         if self.job.process.is_main:
-            when = "" if epoch is None else f" after epoch {epoch + 1}"
+            after = when and f" after {when}"
             log.info(
-                f"eval{when}: loss {evaluation.loss:.4f}, perplexity {self.evaluation.perplexity:.2f} "
+                f"eval{after}: loss {evaluation.loss:.4f}, perplexity {self.evaluation.perplexity:.2f} "
                 f"over {evaluation.num_tokens:,} tokens"
             )
             self._append(self.losses[-1][0] if self.losses else 0, eval_loss=evaluation.loss)

@@ -482,9 +482,9 @@ def train(
         for split in (rows.train, rows.validation)
     )
 
-    def evaluate(epoch: int | None = None) -> None:
-        if eval_batches and (args.eval_only or args.eval_strategy == "epoch"):
-            book.on_evaluation(trainer.evaluate(engine, eval_batches), epoch=epoch)
+    def evaluate(when: str = "") -> None:
+        if eval_batches:
+            book.on_evaluation(trainer.evaluate(engine, eval_batches), when)
 
     def save(progress: checkpoint.Progress) -> None:
         folder = book.folder / "checkpoints"
@@ -505,7 +505,7 @@ def train(
     hooks = trainer.Hooks(
         on_step=book.on_step,
         at_first_loss=lambda loss: model.check_first_loss(loss, job.source),
-        at_epoch_end=evaluate,
+        evaluate=evaluate,
         save=save,
     )
     loop = trainer.Trainer(engine, stop, hooks, progress, pulse)

@@ -94,13 +94,13 @@ class Hooks:
     Args:
         on_step: gets each step's result.
         at_first_loss: gets the loss of the run's first step.
-        at_epoch_end: gets the epoch, from 0, also of one that the schedule cut short.
+        evaluate: gets when that is, for the log; called where `--eval_strategy` and `--eval_steps` say.
         save: gets where the run is; called where `--save_strategy` and `--save_steps` say, and at a signal.
     """
 
     on_step: Callable[[StepResult], None] = lambda result: None
     at_first_loss: Callable[[float], None] = lambda loss: None
-    at_epoch_end: Callable[[int], None] = lambda epoch: None
+    evaluate: Callable[[str], None] = lambda when: None
     save: Callable[[Progress], None] = lambda progress: None
 
 
@@ -123,6 +123,7 @@ class Trainer:
         self._spared_collector = _SparedCollector()
         self._clock = time.perf_counter()
         self._saved_step = progress.step
+        self._evaluated_step: int | None = None
 
     def train(self, batches: DataLoader[Any], schedule: Schedule) -> None:
         """Train from where the progress stands until the schedule ends or a signal asks to stop.
@@ -150,6 +151,8 @@ class Trainer:
             self.hooks.on_step(result)
             _show(bar, result)
             self._spared_collector.count_step()
+            if args.eval_steps and result.step % args.eval_steps == 0 and not self.interrupted:
+                self._evaluate(f"step {result.step}")
             if self.interrupted or (args.save_steps and result.step % args.save_steps == 0):
                 self._save()
             if self.interrupted:
@@ -159,14 +162,21 @@ class Trainer:
             self._start_loading()
         else:
             self.progress = replace(self.progress, epoch=epoch + 1, rows=0)
-        self.pulse.mark("evaluation", self.progress.step)
-        self.hooks.at_epoch_end(epoch)
+        if args.eval_strategy == "epoch" or self.progress.step == schedule.num_steps:
+            self._evaluate(f"epoch {epoch + 1}")
         if args.save_strategy == "epoch":
             self._save()
 
     def _start_loading(self) -> None:
         self.pulse.mark("data", self.progress.step + 1)
         self._stopwatch.start_loading()
+
+    def _evaluate(self, when: str) -> None:
+        if self.engine.args.eval_strategy != "no" and self._evaluated_step != self.progress.step:
+            self.pulse.mark("evaluation", self.progress.step)
+            self.hooks.evaluate(when)
+            self._evaluated_step = self.progress.step
+            self._clock = time.perf_counter()
 
     def _save(self) -> None:
         self.pulse.mark("checkpoint", self.progress.step)

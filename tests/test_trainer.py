@@ -26,23 +26,61 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
     assert Evaluation(1e9, 7).perplexity == math.inf
 
 
-def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_the_end(monkeypatch):
-    args, process = TrainArgs(save_strategy="no"), SimpleNamespace(on_cpu=True)
-    engine = SimpleNamespace(args=args, runtime=process)
+class Batches(list):
+    """One epoch's batches."""
+
+    sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
+
+
+@pytest.fixture
+def loop_of(monkeypatch):
+    """Return a loop whose steps do nothing."""
+
+    def make(hooks, **flags):
+        engine = SimpleNamespace(
+            args=TrainArgs(**flags),
+            runtime=SimpleNamespace(on_cpu=True, is_main=False),
+            weights_are_finite=lambda: True,
+        )
+        loop = Trainer(engine, SimpleNamespace(number=0), hooks, Progress())
+
+        def train_step(rows):
+            loop.progress = replace(loop.progress, step=loop.progress.step + 1)
+            return StepResult(loop.progress.step, 1.0, None, 1e-3, 1, 1, 1.0)
+
+        monkeypatch.setattr(loop, "train_step", train_step)
+        return loop
+
+    return make
+
+
+def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_the_end(loop_of):
     frozen = []
     hooks = Hooks(on_step=lambda result: frozen.append(gc.get_freeze_count()))
-    loop = Trainer(engine, SimpleNamespace(number=0), hooks, Progress())
-
-    def train_step(rows):
-        loop.progress = replace(loop.progress, step=loop.progress.step + 1)
-        return StepResult(loop.progress.step, 1.0, None, 1e-3, 1, 1, 1.0)
-
-    class Batches(list):
-        sampler = SimpleNamespace(set_epoch=lambda epoch, start: None)
-
-    monkeypatch.setattr(loop, "train_step", train_step)
+    loop = loop_of(hooks, save_strategy="no")
     gc.unfreeze()
     with loop._spared_collector:
         loop._train_epoch(Batches(range(4)), Schedule(1, 4), SimpleNamespace(disable=True))
     assert FIRST_STEPS == 2 and frozen[:2] == [0, 0] and min(frozen[2:]) > 10_000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ({}, ["epoch 1", "save 3", "epoch 2", "save 6", "epoch 3", "save 8"]),
+        ({"eval_strategy": "no", "eval_steps": 2}, ["save 3", "save 6", "save 8"]),
+        ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}, ["step 3", "step 6", "epoch 3"]),
+        ({"eval_strategy": "steps", "eval_steps": 8, "save_strategy": "no"}, ["step 8"]),
+        ({"eval_strategy": "steps", "save_strategy": "no"}, ["epoch 3"]),
+        (
+            {"eval_steps": 2, "save_strategy": "steps", "save_steps": 4},
+            ["step 2", "epoch 1", "step 4", "save 4", "step 6", "step 8", "save 8"],
+        ),
+    ],
+)
+def test_evaluations_come_before_the_checkpoint_of_their_step_and_none_twice(loop_of, flags, what):
+    seen = []
+    hooks = Hooks(evaluate=seen.append, save=lambda progress: seen.append(f"save {progress.step}"))
+    loop_of(hooks, **flags).train(Batches(range(3)), Schedule(3, 8))
+    assert seen == what
