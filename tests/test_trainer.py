@@ -80,7 +80,7 @@ def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_th
     ],
 )
 def test_evaluations_come_before_the_checkpoint_of_their_step_and_none_twice(loop_of, flags, what):
-    seen = []
+    seen: list[str] = []
     hooks = Hooks(evaluate=seen.append, save=lambda progress: seen.append(f"save {progress.step}"))
     loop_of(hooks, **flags).train(Batches(range(3)), Schedule(3, 8))
     assert seen == what
