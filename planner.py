@@ -7,8 +7,10 @@ activations are derived tensor by tensor. What is only estimated says so and wai
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, product
 from typing import Any, Literal
 
@@ -29,6 +31,8 @@ GROUP_BYTES = int(0.42 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.5 to
 # 1.9 GiB measured on an H200, without what writing a checkpoint takes; until it compiles, 1.1 to 1.3.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
+# What torch's build for CUDA takes more of a host without a GPU, measured.
+CUDA_BUILD_BYTES = int(0.35 * GIB)
 HOST_CUDA_PROCESS_BYTES = int(1.65 * GIB)
 HOST_YOUNG_PROCESS_BYTES = int(1.2 * GIB)
 # Holes in malloc's heap, as a share of the states of layers: what 125m and 350m need on a CPU beyond their tensors.
@@ -764,10 +768,18 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
     offloaded = _states(request).offloaded
     if request.on_cpu:
         tensors = offloaded + device.total + _heap_bytes(request, device)
-        return request.processes_per_host * (HOST_PROCESS_BYTES + tensors)
+        return request.processes_per_host * (_cpu_process_bytes() + tensors)
     weights = 4 * request.shape.num_params
     loading = HOST_YOUNG_PROCESS_BYTES + (weights if _weights_place(request) == "host" else 0)
     return request.processes_per_host * max(HOST_CUDA_PROCESS_BYTES + offloaded, loading)
+
+
+def _cpu_process_bytes() -> int:
+    try:
+        has_cuda = sys.platform == "linux" and not version("torch").endswith("+cpu")
+    except PackageNotFoundError:  # a plan needs no torch
+        has_cuda = False
+    return HOST_PROCESS_BYTES + CUDA_BUILD_BYTES * has_cuda
 
 
 def _heap_bytes(request: PlanRequest, device: DeviceBytes) -> int:

@@ -523,13 +523,20 @@ def test_the_host_of_all_its_processes_limits_too() -> None:
     assert not plan(replace(full, host_gib=128, processes_per_host=2)).fits
 
 
-def test_on_a_cpu_the_device_is_the_host() -> None:
+@pytest.mark.parametrize(("build", "gib"), [("2.13.0+cpu", 0.5), ("2.11.0+cu130", 0.85), ("2.13.0", 0.85), (None, 0.5)])
+def test_on_a_cpu_the_device_is_the_host(monkeypatch: pytest.MonkeyPatch, build: str | None, gib: float) -> None:
+    def version(name: str) -> str:
+        if build is None:
+            raise planner.PackageNotFoundError(name)
+        return build
+
+    monkeypatch.setattr(planner, "version", version)
     request = request_of("tiny", gpu_gib=None, precision="fp32", processes_per_host=2, batch_size=2)
     predicted, shape = plan(request), request.shape
     states = predicted.device_bytes.parameters + predicted.device_bytes.optimizer_moments
     holes = int(0.08 * states * shape.layer_params * shape.num_layers / shape.num_params)
     embedding = 4 * shape.vocab_size * shape.embed_dim
-    assert predicted.host_bytes == 2 * (predicted.total_bytes + GIB // 2 + holes + embedding)
+    assert predicted.host_bytes == 2 * (predicted.total_bytes + int(gib * GIB) + holes + embedding)
     assert predicted.device_bytes.framework == 0
 
 
