@@ -81,7 +81,7 @@ class Boosted:
         self.model, self.optimizer, *_ = self.booster.boost(self.plain, optimizer)
         parts = [self.plain.layers[start : start + together] for start in range(0, NUM_LAYERS, together)]
         if together > 1:
-            with patch.object(torch, "compile", lambda run: run):
+            with patch.object(torch, "compile", lambda run, **_: run):
                 for part in parts:
                     compile_together(part)
         self.optimizer.defer_updates(self.plain, parts)

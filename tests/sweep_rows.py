@@ -35,10 +35,10 @@ def ok_run(tokens_per_s: float, *, gib: float | None = 10.0, device: dict[str, A
         "throughput": speed,
         "memory": {
             "peak_allocated_gib": gib and gib - 1,
-            "peak_reserved_gib": gib and gib - 0.5,
+            "peak_reserved_gib": gib,
             "host_peak_rss_gib": 2.0,
         },
-        "plan_check": {"gpu_measured_gib": gib, "gpu_error": gib and 0.1},
+        "plan_check": {"gpu_measured_gib": gib and gib + 0.5, "gpu_error": gib and 11 / (gib + 0.5) - 1},
         "train_loss": [[1, 10.5], [30, 7.5]],
     }
     return Run(Outcome("ok", "", 20.0, 0, ()), result)

@@ -31,8 +31,8 @@ def test_a_run_that_failed_decides_the_state_and_takes_the_figures_away() -> Non
 def test_units_are_those_of_the_columns() -> None:
     row = table.make_row(cell(mem_cap_gb=20.0), [ok_run(100)], None)
     assert (row.mfu_percent, row.first_step_s, row.predicted_gib) == (25, 3, 11)
-    assert (row.peak_allocated_gib, row.peak_reserved_gib, row.gpu_gib) == (9, 9.5, 10)
-    assert row.prediction_error_percent == pytest.approx(10)
+    assert (row.peak_allocated_gib, row.peak_reserved_gib, row.gpu_gib) == (9, 10, 10.5)
+    assert row.prediction_error_percent == pytest.approx(100 * (11 / 10.5 - 1))
     assert row.memory_limit_gib == pytest.approx(18.63, abs=0.01)
     assert (row.link, row.driver, row.commit, row.mfu_peak) == ("PCIe 5.0 x16", "570.1", "abc", "a sheet")
 
