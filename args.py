@@ -65,7 +65,7 @@ class TrainArgs:
     max_train_steps: int | None = flag("training", None, "stop after this many steps, overrides epochs; off: epochs decide", type=int)
     logging_steps: int = flag("training", 10, "steps between two log lines, at which several ranks are also compared for a slow one", type=int)
     eval_strategy: str = flag("training", "epoch", "evaluate after each epoch and at the end (epoch), only at the end and as --eval_steps says (steps), or never (no)", choices=("epoch", "steps", "no"))
-    eval_steps: int = flag("training", 0, "steps between two evaluations, unless --eval_strategy no; 0: off", type=int)
+    eval_steps: int = flag("training", 0, "steps between two evaluations, unless --eval_strategy no; 0: off; none is made at a step that a signal ends", type=int)
     seed: int = flag("training", 42, "seed of weights, dropout and data order", type=int)
     deterministic: bool = flag("training", False, "ask for GPU kernels that repeat every bit, as a CPU does; attention may be slower")
 
@@ -73,7 +73,7 @@ class TrainArgs:
     precision: str = flag("parallelism", "auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU where the plugin has it", choices=("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: str = flag("parallelism", "auto", "recompute activations: on, off, N (the first N layers), auto: where memory needs it", metavar="{auto,on,off,N}")
     compile: str = flag("parallelism", "auto", "torch.compile; auto: on a GPU, where rows have one length", choices=("auto", "on", "off"))
-    cuda_graphs: str = flag("parallelism", "auto", "record the kernels of compiled layers and replay them at once; auto: those of small layers, whose launches take as long as they do", choices=("auto", "on", "off"))
+    cuda_graphs: str = flag("parallelism", "auto", "record the kernels of compiled layers and replay them at once: on, or refused; off; auto: of small layers, whose launches take as long as they do, where that is possible", choices=("auto", "on", "off"))
     mem_cap: float = flag("parallelism", 0.0, "memory cap of each GPU in GB (10^9 bytes); 0: none", type=float)
     zero_stage: int | None = flag("parallelism", None, "ZeRO stage: 1, 2 (low_level_zero; off: 1; 2 matters to gradients that accumulate) or 0, 1, 2 (hybrid_parallel; off: 0)", type=int, choices=(0, 1, 2))
     tp: int = flag("parallelism", 1, "hybrid_parallel: GPUs that share each layer", type=int)

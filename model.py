@@ -286,8 +286,9 @@ def compile_layers(
 ) -> None:
     """Compile the decoder layers and the loss in place, so that parameter names stay.
 
-    One graph serves all layers, or all groups of one size, with batches of one size. Compiled as a whole the model is slower (125m, batch 32, one
-    H100: 411k instead of 470k tokens/s), holds the logits twice, and gives no gradient away before all of them are there.
+    One graph serves all layers, or all groups of one size, with batches of one size. Compiled as a whole the model is
+    slower (125m, batch 32, one H100: 411k instead of 470k tokens/s), holds the logits twice, and gives no gradient away
+    before all of them are there.
 
     Args:
         groups: layers that are compiled together; None: each by itself.

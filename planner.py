@@ -6,6 +6,7 @@ activations are derived tensor by tensor. What is only estimated says so and wai
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,10 @@ GROUP_BYTES = int(0.42 * GIB)
 # A process with torch, transformers and ColossalAI imported: 0.39 GiB measured, the rest is data. With CUDA: 1.5 to
 # 1.9 GiB measured on an H200, without what writing a checkpoint takes; until it compiles, 1.1 to 1.3.
 HOST_PROCESS_BYTES = int(0.5 * GIB)
-# What torch's build for CUDA takes more of a host without a GPU, measured.
-CUDA_BUILD_BYTES = int(0.35 * GIB)
 HOST_CUDA_PROCESS_BYTES = int(1.65 * GIB)
 HOST_YOUNG_PROCESS_BYTES = int(1.2 * GIB)
+# What torch's build for CUDA takes beyond HOST_PROCESS_BYTES without a GPU: measured (2.11.0+cu130, 2026-11-28).
+CUDA_BUILD_BYTES = int(0.35 * GIB)
 # Holes in malloc's heap, as a share of the states of layers: what 125m and 350m need on a CPU beyond their tensors.
 HEAP_HOLES = 0.08
 # Share of a GPU's memory that random fp32 weights may fill before the plugin has cast and placed them; larger models
@@ -79,7 +80,7 @@ AUTO_FLAGS = (
     "plugin", "gradient_checkpointing", "offload_optim_frac", "offload_param_frac", "step_in_backward",
     "per_device_train_batch_size", "gradient_accumulation_steps", *LAYOUT_FLAGS,
 )  # fmt: skip
-# What else a plugin may have been given, and another one would refuse.
+# What else a plugin may have been given, and another one would refuse; `off` it would not.
 OTHER_FLAGS = ("placement", "cuda_graphs")
 # Where memory ran out, advice leaves this much more of it free than a plan does.
 OOM_ROOM = 0.9
@@ -205,7 +206,8 @@ class PlanRequest:
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
         compiled: layers, and the loss where no rank has a share of the logits.
-        cuda_graphs: on: layers are to be replayed as CUDA graphs, unless there are `graph_obstacles`; auto: small ones.
+        cuda_graphs: whether layers are replayed as CUDA graphs where there are no `graph_obstacles`: on, off, or auto,
+            which does small ones.
         dropout: whether dropout masks are kept.
         random_weights: drawn on the GPU, where they stay if there is room; others pass through the host.
         gpu_gib: memory of one GPU; None on a CPU.
@@ -768,18 +770,20 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
     offloaded = _states(request).offloaded
     if request.on_cpu:
         tensors = offloaded + device.total + _heap_bytes(request, device)
-        return request.processes_per_host * (_cpu_process_bytes() + tensors)
+        process = HOST_PROCESS_BYTES + (CUDA_BUILD_BYTES if _torch_is_for_gpus() else 0)
+        return request.processes_per_host * (process + tensors)
     weights = 4 * request.shape.num_params
     loading = HOST_YOUNG_PROCESS_BYTES + (weights if _weights_place(request) == "host" else 0)
     return request.processes_per_host * max(HOST_CUDA_PROCESS_BYTES + offloaded, loading)
 
 
-def _cpu_process_bytes() -> int:
+@functools.cache
+def _torch_is_for_gpus() -> bool:
+    """Return whether torch is installed, which a plan does not need, with libraries for GPUs."""
     try:
-        has_cuda = sys.platform == "linux" and not version("torch").endswith("+cpu")
-    except PackageNotFoundError:  # a plan needs no torch
-        has_cuda = False
-    return HOST_PROCESS_BYTES + CUDA_BUILD_BYTES * has_cuda
+        return sys.platform == "linux" and not version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
 
 
 def _heap_bytes(request: PlanRequest, device: DeviceBytes) -> int:
@@ -1389,6 +1393,7 @@ def fitting_flags(
     limits = [gpu_gib * GIB / 1e9 if gpu_gib else 0.0, given.mem_cap]
     limit_gb = min((limit for limit in limits if limit), default=0.0)
     free = {spec.name: spec.default for spec in fields(TrainArgs) if spec.name in (*AUTO_FLAGS, *OTHER_FLAGS)}
+    free = {name: value for name, value in free.items() if getattr(given, name) != "off" or name not in OTHER_FLAGS}
     rows = {name: getattr(given, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     asked = replace(given, **{**free, **rows, "mem_cap": OOM_ROOM * limit_gb})
     choice = resolve_auto(asked, shape, world_size, gpu_gib, host_gib, **options)

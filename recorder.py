@@ -143,17 +143,21 @@ class Recorder:
         if self.tracker:
             self.tracker.log(step, {name: value for name, value in measured.items() if value is not None})
 
-    def on_evaluation(self, evaluation: Evaluation, when: str = "") -> None:
-        """Record and log an evaluation, made e.g. after `epoch 1`; the last one stands in result.json."""
+    def on_evaluation(self, evaluation: Evaluation, step: int, ended: str) -> None:
+        """Record and log an evaluation; the last one stands in result.json.
+
+        Args:
+            ended: before it, e.g. `epoch 1`; empty: nothing was trained.
+        """
         protocol = self.job.data.protocol
         self.evaluation = report.Eval.from_loss(evaluation.loss, num_tokens=evaluation.num_tokens, protocol=protocol)
         if self.job.process.is_main:
-            after = when and f" after {when}"
+            after = f" after {ended}" if ended else ""
             log.info(
                 f"eval{after}: loss {evaluation.loss:.4f}, perplexity {self.evaluation.perplexity:.2f} "
                 f"over {evaluation.num_tokens:,} tokens"
             )
-            self._append(self.losses[-1][0] if self.losses else 0, eval_loss=evaluation.loss)
+            self._append(step, eval_loss=evaluation.loss)
 
     def on_checkpoint(self, folder: Path) -> None:
         """Log where a checkpoint was written."""

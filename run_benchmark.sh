@@ -31,7 +31,7 @@ Lists; every combination is a cell:
   SKIP_ABOVE=1.5          skip a cell predicted to need this many times the memory there is; 0: try all
   FORCE=1                 measure again what is there; or only some states: FORCE="error timeout"
   OUT=outputs/benchmark   folder of the results
-  DRY_RUN=1               print the commands and stop
+  DRY_RUN=1               print the commands and stop, after the set-up
 
 Time: the default is 15 cells on one GPU and 30 on four or more, each at most CELL_TIMEOUT; allow two minutes a cell,
 most of it start and compilation: half an hour, an hour. Without a GPU the defaults shrink to six cells of `tiny` on

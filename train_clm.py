@@ -75,14 +75,16 @@ def print_plan(args: TrainArgs) -> int:
     try:
         if found := problems(args, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
             raise ConfigError(*found)
-        shape, dropout = planned_shape(args)
+        shape, dropout, lacks = planned_model(args)
+        args = without_graphs(args, lacks)
         if found := planner.layout_problems(args, args.model_slug, shape):
             raise ConfigError(*found)
         # Of a machine that is not this one nothing is known.
         host_gib = None if args.gpus else hardware.host_memory_gib()
         where = (args, shape, world_size, gpu_gib, host_gib)
         choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
-        require_for_graphs(args, choice.graph_obstacles)
+        if found := graph_problems(args, (*choice.graph_obstacles, *lacks)):
+            raise ConfigError(*found)
     except ConfigError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
@@ -102,18 +104,21 @@ def print_plan(args: TrainArgs) -> int:
     return 0
 
 
-def planned_shape(args: TrainArgs) -> tuple[ModelShape, bool]:
-    """Return the model's numbers, and whether it drops activations out; only a model that is not OPT needs torch."""
+def planned_model(args: TrainArgs) -> tuple[ModelShape, bool, list[str]]:
+    """Return the model's numbers, whether it drops activations out, and `model.graph_obstacles`.
+
+    Only a model that is not of the OPT family's sizes needs torch.
+    """
     from opt_sizes import OPT_SHAPES
     from planner import model_shape
 
     if args.model_size:
         shape = OPT_SHAPES[args.model_size]
-        return model_shape(shape), (shape.dropout if args.dropout is None else args.dropout) > 0
+        return model_shape(shape), (shape.dropout if args.dropout is None else args.dropout) > 0, []
     import model
 
     source = model.find_model(args)
-    return model.shape_of(source), getattr(source.config, "dropout", 0.0) > 0
+    return model.shape_of(source), getattr(source.config, "dropout", 0.0) > 0, model.graph_obstacles(source)
 
 
 def run(args: TrainArgs, process: Runtime) -> int:
@@ -305,8 +310,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
 
     args = replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
     lacks = model.graph_obstacles(source)
-    if lacks and args.cuda_graphs == "auto":
-        args = replace(args, cuda_graphs="off")
+    args = without_graphs(args, lacks)
     choice = planner.resolve_auto(
         args,
         shape,
@@ -317,7 +321,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
         has_bf16=process.has_bf16,
         dropout=getattr(source.config, "dropout", 0.0) > 0,
     )
-    require_for_graphs(args, (*choice.graph_obstacles, *lacks))
+    found = graph_problems(args, (*choice.graph_obstacles, *lacks))
     default_stage = {"low_level_zero": 1, "hybrid_parallel": 0}.get(choice.plugin)
     args = replace(
         args,
@@ -329,16 +333,22 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
             "cuda_graphs": "on" if choice.cuda_graphs else "off",
         },
     )
-    found = model.layerdrop_problems(source, process.world_size)
+    found += model.layerdrop_problems(source, process.world_size)
     if found := found + planner.layout_problems(args, source.name, shape):
         raise ConfigError(*found)
     return choice, args
 
 
-def require_for_graphs(args: TrainArgs, lacks: Sequence[str]) -> None:
-    """Raise ConfigError where CUDA graphs were asked for and the setting, given or chosen, lacks something for them."""
-    if args.cuda_graphs == "on" and lacks:
-        raise ConfigError(f"--cuda_graphs on: needs {', '.join(lacks)}; give flags that meet this, or leave it away")
+def without_graphs(args: TrainArgs, lacks: Sequence[str]) -> TrainArgs:
+    """Return the settings with `auto` no longer free to take CUDA graphs where the model lacks something for them."""
+    return replace(args, cuda_graphs="off") if lacks and args.cuda_graphs == "auto" else args
+
+
+def graph_problems(args: TrainArgs, lacks: Sequence[str]) -> list[str]:
+    """Return that CUDA graphs were asked for and the setting, given or chosen, lacks something for them."""
+    if args.cuda_graphs != "on" or not lacks:
+        return []
+    return [f"--cuda_graphs on: needs {', '.join(lacks)}; give flags that meet this, or leave it away"]
 
 
 def require_same_choice(args: TrainArgs, process: Runtime) -> None:
@@ -352,13 +362,16 @@ def require_same_choice(args: TrainArgs, process: Runtime) -> None:
     from planner import AUTO_FLAGS
     from runtime import RankFailure
 
-    ours = {flag: getattr(args, flag) for flag in AUTO_FLAGS}
+    flags = (*AUTO_FLAGS, "precision", "compile", "cuda_graphs")
+    ours = {flag: getattr(args, flag) for flag in flags}
     choices = [ours]
     dist.broadcast_object_list(choices, src=0, device=process.device)
     theirs = choices[0]
     if ours != theirs:
-        flags = [f"--{flag} {ours[flag]} and not {theirs[flag]}" for flag in AUTO_FLAGS if ours[flag] != theirs[flag]]
-        raise RankFailure(f"chose {', '.join(flags)}, as rank 0: its GPU or host has other memory; give the flags")
+        other = [f"--{flag} {ours[flag]} and not {theirs[flag]}" for flag in flags if ours[flag] != theirs[flag]]
+        raise RankFailure(
+            f"chose {', '.join(other)}, as rank 0: its GPU, or its host's memory or C compiler, is another; give the flags"
+        )
 
 
 def agree_on_folder(args: TrainArgs, process: Runtime) -> Path:
@@ -482,9 +495,9 @@ def train(
         for split in (rows.train, rows.validation)
     )
 
-    def evaluate(when: str = "") -> None:
+    def evaluate(step: int = 0, ended: str = "") -> None:
         if eval_batches:
-            book.on_evaluation(trainer.evaluate(engine, eval_batches), when)
+            book.on_evaluation(trainer.evaluate(engine, eval_batches), step, ended)
 
     def save(progress: checkpoint.Progress) -> None:
         folder = book.folder / "checkpoints"

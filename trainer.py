@@ -94,13 +94,13 @@ class Hooks:
     Args:
         on_step: gets each step's result.
         at_first_loss: gets the loss of the run's first step.
-        evaluate: gets when that is, for the log; called where `--eval_strategy` and `--eval_steps` say.
+        evaluate: gets the step, and what has ended, e.g. `epoch 1`; called where `--eval_strategy` and `--eval_steps` say.
         save: gets where the run is; called where `--save_strategy` and `--save_steps` say, and at a signal.
     """
 
     on_step: Callable[[StepResult], None] = lambda result: None
     at_first_loss: Callable[[float], None] = lambda loss: None
-    evaluate: Callable[[str], None] = lambda when: None
+    evaluate: Callable[[int, str], None] = lambda step, ended: None
     save: Callable[[Progress], None] = lambda progress: None
 
 
@@ -134,6 +134,8 @@ class Trainer:
         progress_bar = _progress_bar(schedule.num_steps, self.engine.runtime.is_main)
         with logging_redirect_tqdm([log]), self._spared_collector, progress_bar as bar:
             bar.update(self.progress.step)
+            if self.progress.step >= schedule.num_steps:  # a signal came in the last step
+                self._evaluate()
             while self.progress.step < schedule.num_steps and not self.interrupted:
                 self._train_epoch(batches, schedule, bar)
         self.pulse.mark("the end of the run", self.progress.step)
@@ -152,7 +154,7 @@ class Trainer:
             _show(bar, result)
             self._spared_collector.count_step()
             if args.eval_steps and result.step % args.eval_steps == 0 and not self.interrupted:
-                self._evaluate(f"step {result.step}")
+                self._evaluate()
             if self.interrupted or (args.save_steps and result.step % args.save_steps == 0):
                 self._save()
             if self.interrupted:
@@ -162,8 +164,10 @@ class Trainer:
             self._start_loading()
         else:
             self.progress = replace(self.progress, epoch=epoch + 1, rows=0)
-        if args.eval_strategy == "epoch" or self.progress.step == schedule.num_steps:
+        if args.eval_strategy == "epoch":
             self._evaluate(f"epoch {epoch + 1}")
+        elif self.progress.step == schedule.num_steps:
+            self._evaluate()
         if args.save_strategy == "epoch":
             self._save()
 
@@ -171,10 +175,10 @@ class Trainer:
         self.pulse.mark("data", self.progress.step + 1)
         self._stopwatch.start_loading()
 
-    def _evaluate(self, when: str) -> None:
+    def _evaluate(self, ended: str = "") -> None:
         if self.engine.args.eval_strategy != "no" and self._evaluated_step != self.progress.step:
             self.pulse.mark("evaluation", self.progress.step)
-            self.hooks.evaluate(when)
+            self.hooks.evaluate(self.progress.step, ended or f"step {self.progress.step}")
             self._evaluated_step = self.progress.step
             self._clock = time.perf_counter()
 

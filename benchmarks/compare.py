@@ -63,10 +63,15 @@ def differences(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
     return found
 
 
+def memory_gib(row: Row) -> float | None:
+    """Return the peak of a device; tables of before 2026-11-28 have the allocator's alone."""
+    return row.peak_gpu_gib or row.peak_reserved_gib or row.host_gib
+
+
 def compare(cell: str, a: Row | None, b: Row | None) -> list[str]:
     """Return the words of one line; a cell that only one sweep has, or that is not ok, has no ratio."""
     speeds = [row.tokens_per_s if row else None for row in (a, b)]
-    memories = [(row.peak_reserved_gib or row.host_gib) if row and row.tokens_per_s else None for row in (a, b)]
+    memories = [memory_gib(row) if row and row.tokens_per_s else None for row in (a, b)]
     verdict, source = judge(a, b) if a and b and all(speeds) else ("-", "-")
     return [
         cell,

@@ -89,7 +89,7 @@ class Book:
     def on_step(self, result: StepResult) -> None:
         self.steps.append(result)
 
-    def on_evaluation(self, evaluation: Evaluation, when: str = "") -> None:
+    def on_evaluation(self, evaluation: Evaluation, step: int, ended: str) -> None:
         self.evaluations.append(evaluation.loss)
 
 

@@ -115,7 +115,7 @@ def mark_lost(axes: Axes, group: Sequence[Row], batches: Sequence[int]) -> None:
 
 def memory(rows: Sequence[Row]) -> Figure | None:
     """Draw the peak memory of each cell as bars, under the line of the cap; a cell that ran out of it is marked."""
-    measure = gpu_memory if any(row.gpu_gib for row in rows) else host_memory
+    measure = gpu_memory if any(row.peak_gpu_gib for row in rows) else host_memory
     if not any(measure(row) for row in rows):
         return None
     where = (
@@ -177,7 +177,7 @@ def draw_memory(
 
 def gpu_memory(row: Row) -> float | None:
     """Return the peak that was allocated, with what lies beside the allocator."""
-    return row.gpu_gib
+    return row.peak_gpu_gib
 
 
 def host_memory(row: Row) -> float | None:
@@ -187,7 +187,7 @@ def host_memory(row: Row) -> float | None:
 
 def memory_and_speed(rows: Sequence[Row]) -> Figure | None:
     """Draw each cell's speed over its memory: up and left is better. Numbers beside the marks are batches."""
-    measure = gpu_memory if any(row.gpu_gib for row in rows) else host_memory
+    measure = gpu_memory if any(row.peak_gpu_gib for row in rows) else host_memory
     if not any(measure(row) and row.tokens_per_s_per_gpu for row in rows):
         return None
     figure, panels = grid(rows, "Memory against speed (numbers: batch)", Setting("batch_size"))
@@ -342,7 +342,7 @@ def finish(figure: Figure, rows: Sequence[Row], *, bars: bool = False) -> Figure
                 fontsize=8.5, va="top")  # fmt: skip
     plugins = list(dict.fromkeys(row.plugin for row in rows))
     handles: list[Any] = [_bar_key(plugin) if bars else _line_key(plugin) for plugin in plugins]
-    if bars and any(row.gpu_gib for row in rows):
+    if bars and any(row.peak_gpu_gib for row in rows):
         handles.append(Line2D([], [], color="#d00000", linewidth=1.8, label="predicted"))
     figure.legend(
         handles=handles,

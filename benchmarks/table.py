@@ -122,10 +122,10 @@ class Row:
     measured_steps: int | None = column("measured steps", "g")
     peak_allocated_gib: float | None = column("allocated GiB", ",.2f", main=True, help="peak, largest rank")
     peak_reserved_gib: float | None = column("reserved GiB", ",.2f", help="peak of the allocator, largest rank")
-    gpu_gib: float | None = column("GPU GiB", ",.2f", main=True, help="allocated, and what lies beside the allocator: CUDA context, kernels, NCCL")
+    peak_gpu_gib: float | None = column("peak GPU GiB", ",.2f", main=True, help="allocated, and what lies beside the allocator: CUDA context, kernels, NCCL")
     host_gib: float | None = column("host GiB", ",.2f", main=True, help="peak resident memory, largest rank")
     predicted_gib: float | None = column("predicted GiB", ",.2f", main=True, help="of one device, by the plan, CUDA context included")
-    prediction_error_percent: float | None = column("prediction error %", "+.0f", main=True, help="predicted over measured with what lies beside the allocator")
+    prediction_error_percent: float | None = column("prediction error %", "+.0f", main=True, help="predicted over peak GPU GiB")
     reason: str = column("reason", help="why the cell is not ok")
     first_loss: float | None = column("first loss", ".4f")
     last_loss: float | None = column("last loss", ".4f")
@@ -231,7 +231,7 @@ def _with_figures(row: Row, runs: Sequence[Run]) -> Row:
         measured_steps=runs[0].result["throughput"].get("measured_steps"),
         peak_allocated_gib=median("memory", "peak_allocated_gib"),
         peak_reserved_gib=median("memory", "peak_reserved_gib"),
-        gpu_gib=median("plan_check", "gpu_measured_gib"),
+        peak_gpu_gib=median("plan_check", "gpu_measured_gib"),
         host_gib=median("memory", "host_peak_rss_gib"),
         prediction_error_percent=median("plan_check", "gpu_error", 100),
         first_loss=losses[0] if losses else None,

@@ -1,7 +1,7 @@
 """Decoder layers compiled several at a time: around each graph the host spends as long as on the launches inside.
 
-Each size of a batch has a graph of its own (`dynamic=False`). Otherwise a second size, of a split's last batch, would open the
-sizes of all graphs after it: those of training, where a resumed run evaluates first, which would be slower and sum otherwise.
+Each size of a batch has a graph of its own (`dynamic=False`). Otherwise the size that comes second is compiled for any: that of
+training, where a resumed run evaluates first and with other batches. Such kernels are slower and sum in another order.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def test_a_change_counts_where_the_ranges_do_not_meet(
 
 def test_a_line_has_both_speeds_their_ratio_and_that_of_the_memory() -> None:
     words = compare.compare("x", row(1000), row(1500))
-    assert words == ["x", "ok", "ok", "1,000", "1,500", "1.500", "faster", "steps", "10.00", "10.00", "1.000"]
+    assert words == ["x", "ok", "ok", "1,000", "1,500", "1.500", "faster", "steps", "10.50", "10.50", "1.000"]
 
 
 def test_a_cell_that_failed_or_that_one_sweep_lacks_has_no_ratio() -> None:

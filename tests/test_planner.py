@@ -531,6 +531,7 @@ def test_on_a_cpu_the_device_is_the_host(monkeypatch: pytest.MonkeyPatch, build:
         return build
 
     monkeypatch.setattr(planner, "version", version)
+    monkeypatch.setattr(planner, "_torch_is_for_gpus", planner._torch_is_for_gpus.__wrapped__)
     request = request_of("tiny", gpu_gib=None, precision="fp32", processes_per_host=2, batch_size=2)
     predicted, shape = plan(request), request.shape
     states = predicted.device_bytes.parameters + predicted.device_bytes.optimizer_moments

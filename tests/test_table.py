@@ -31,7 +31,7 @@ def test_a_run_that_failed_decides_the_state_and_takes_the_figures_away() -> Non
 def test_units_are_those_of_the_columns() -> None:
     row = table.make_row(cell(mem_cap_gb=20.0), [ok_run(100)], None)
     assert (row.mfu_percent, row.first_step_s, row.predicted_gib) == (25, 3, 11)
-    assert (row.peak_allocated_gib, row.peak_reserved_gib, row.gpu_gib) == (9, 10, 10.5)
+    assert (row.peak_allocated_gib, row.peak_reserved_gib, row.peak_gpu_gib) == (9, 10, 10.5)
     assert row.prediction_error_percent == pytest.approx(100 * (11 / 10.5 - 1))
     assert row.memory_limit_gib == pytest.approx(18.63, abs=0.01)
     assert (row.link, row.driver, row.commit, row.mfu_peak) == ("PCIe 5.0 x16", "570.1", "abc", "a sheet")
@@ -75,7 +75,7 @@ def test_headings_have_the_units() -> None:
     units = [
         *("tokens/s", "tokens/s a GPU", "speed / first plugin", "samples/s"),
         *("model TFLOP/s a GPU", "hardware TFLOP/s a GPU", "MFU %"),
-        *("step ms median", "step ms p10", "step ms p90", "allocated GiB", "GPU GiB", "host GiB"),
+        *("step ms median", "step ms p10", "step ms p90", "allocated GiB", "peak GPU GiB", "host GiB"),
         *("predicted GiB", "prediction error %"),
     ]
     assert [word for word in head.strip("| ").split(" | ") if word in units] == units

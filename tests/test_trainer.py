@@ -36,16 +36,17 @@ class Batches(list):
 def loop_of(monkeypatch):
     """Return a loop whose steps do nothing."""
 
-    def make(hooks, **flags):
+    def make(hooks, progress=None, interrupted_at=0, **flags):
         engine = SimpleNamespace(
             args=TrainArgs(**flags),
             runtime=SimpleNamespace(on_cpu=True, is_main=False),
             weights_are_finite=lambda: True,
         )
-        loop = Trainer(engine, SimpleNamespace(number=0), hooks, Progress())
+        loop = Trainer(engine, SimpleNamespace(number=0), hooks, progress or Progress())
 
         def train_step(rows):
             loop.progress = replace(loop.progress, step=loop.progress.step + 1)
+            loop.interrupted = loop.progress.step == interrupted_at
             return StepResult(loop.progress.step, 1.0, None, 1e-3, 1, 1, 1.0)
 
         monkeypatch.setattr(loop, "train_step", train_step)
@@ -70,9 +71,9 @@ def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_th
     [
         ({}, ["epoch 1", "save 3", "epoch 2", "save 6", "epoch 3", "save 8"]),
         ({"eval_strategy": "no", "eval_steps": 2}, ["save 3", "save 6", "save 8"]),
-        ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}, ["step 3", "step 6", "epoch 3"]),
+        ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}, ["step 3", "step 6", "step 8"]),
         ({"eval_strategy": "steps", "eval_steps": 8, "save_strategy": "no"}, ["step 8"]),
-        ({"eval_strategy": "steps", "save_strategy": "no"}, ["epoch 3"]),
+        ({"eval_strategy": "steps", "save_strategy": "no"}, ["step 8"]),
         (
             {"eval_steps": 2, "save_strategy": "steps", "save_steps": 4},
             ["step 2", "epoch 1", "step 4", "save 4", "step 6", "step 8", "save 8"],
@@ -81,6 +82,26 @@ def test_the_collector_leaves_alone_what_is_there_after_the_first_steps_until_th
 )
 def test_evaluations_come_before_the_checkpoint_of_their_step_and_none_twice(loop_of, flags, what):
     seen: list[str] = []
-    hooks = Hooks(evaluate=seen.append, save=lambda progress: seen.append(f"save {progress.step}"))
+    hooks = Hooks(
+        evaluate=lambda step, ended: seen.append(ended), save=lambda progress: seen.append(f"save {progress.step}")
+    )
     loop_of(hooks, **flags).train(Batches(range(3)), Schedule(3, 8))
     assert seen == what
+
+
+def test_a_run_that_a_signal_ended_in_its_last_step_is_evaluated_when_it_is_resumed(loop_of):
+    seen = []
+    hooks = Hooks(evaluate=lambda step, ended: seen.append((step, ended)), save=lambda progress: seen.append(progress))
+    loop = loop_of(hooks, interrupted_at=3, eval_steps=3)
+    loop.train(Batches(range(3)), Schedule(1, 3))
+    assert seen == [loop.progress]
+    loop_of(hooks, loop.progress).train(Batches(range(3)), Schedule(1, 3))
+    assert seen[1:] == [(3, "step 3")]
+
+
+def test_what_a_resumed_run_evaluates_before_its_first_step_is_of_the_step_before(loop_of):
+    seen = []
+    hooks = Hooks(evaluate=lambda step, ended: seen.append((step, ended)))
+    loop = loop_of(hooks, Progress(step=3, rows=3), save_strategy="no")
+    loop._train_epoch(Batches(), Schedule(2, 4), SimpleNamespace(disable=True))
+    assert seen == [(3, "epoch 1")]
