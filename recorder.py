@@ -188,7 +188,7 @@ class Recorder:
             memory=memory,
             output_dir=str(self.folder),
             resumed_from=job.resume.manifest.progress.step if job.resume else None,
-            plan_check=_plan_check(job, memory),
+            plan_check=None if job.args.eval_only else _plan_check(job, memory),  # plans are of training
             startup=self.startup,
         )
         if job.process.is_main or alone:

@@ -315,7 +315,7 @@ class Result:
         steps: optimizer steps done by this process, without those before `resumed_from`.
         train_loss: (step, loss) of each logged step.
         throughput: None where no step was done.
-        plan_check: None where nothing was planned.
+        plan_check: None where nothing was trained.
     """
 
     status: Status

@@ -198,6 +198,13 @@ def test_a_pretrained_start_goes_on_from_the_trained_loss(trained, tmp_path, run
     assert run.result["model"]["pretrained"] and run.losses[0] < 8.5
 
 
+def test_an_evaluation_alone_says_nothing_of_training(tmp_path, run_many):
+    run = run_many(tmp_path, {"run": ["--eval_only", "--max_eval_samples", 4]}, world=1)["run"]
+    assert run.code == 0 and run.result["eval"]["num_tokens"] == 4 * 31, run.output
+    assert run.result["plan_check"] is None and "step " not in run.output
+    assert "eval: loss" in run.output
+
+
 @pytest.mark.parametrize(("rank", "told", "code"), [("0", 2, "2"), ("1", 0, None)])
 def test_an_unknown_flag_is_told_once_and_gives_the_launcher_its_code(tmp_path, rank, told, code):
     """As torchrun starts a rank: with its own exit code 0 there is no page of torchrun's."""
