@@ -70,7 +70,7 @@ def shape_of(source: ModelSource) -> ModelShape:
     found = model_shape(shape, num_params)
     if config.model_type != "opt":
         return replace(found, num_heads=0)
-    return replace(found, num_heads=config.num_attention_heads, ffn_width=config.ffn_dim)
+    return replace(found, num_heads=config.num_attention_heads, ffn_width=config.ffn_dim, layerdrop=config.layerdrop)
 
 
 def find_model(args: TrainArgs) -> ModelSource:
@@ -130,11 +130,6 @@ def layerdrop_problems(source: ModelSource, world_size: int) -> list[str]:
     if world_size == 1 or not getattr(source.config, "layerdrop", False):
         return []
     return [f"{source.name}: leaves layers out at random, on each rank others; set layerdrop to 0 in config.json"]
-
-
-def graph_obstacles(source: ModelSource) -> list[str]:
-    """Return what a model lacks for its layers to be replayed as CUDA graphs, beside `planner.graph_obstacles`."""
-    return ["no layerdrop"] if getattr(source.config, "layerdrop", 0.0) else []
 
 
 def load_tokenizer(args: TrainArgs, source: ModelSource) -> Any:

@@ -107,6 +107,7 @@ class ModelShape:
         matrix_params: elements of all matrices a token is multiplied with, the output head once.
         layer_matrix_params: the part of them that stands in the layers.
         num_heads: of attention; 0: not known to be OPT, the only model that hybrid_parallel divides.
+        layerdrop: share of the layers that a step of training leaves out, at random.
     """
 
     num_layers: int
@@ -120,6 +121,7 @@ class ModelShape:
     matrix_params: int
     layer_matrix_params: int
     num_heads: int = 0
+    layerdrop: float = 0.0
 
 
 def model_shape(shape: OPTShape, num_params: int | None = None) -> ModelShape:
@@ -394,18 +396,18 @@ def graph_obstacles(request: PlanRequest) -> list[str]:
     Weights have to stay where they are from step to step, and nothing may happen between layers. Gradients lie in the
     graphs' memory, which the next forward pass uses again: they cannot be summed over micro-batches, or kept.
     """
-    states_wait = request.plugin == "hybrid_parallel" and request.zero_stage > 0
     needs = {
         "a GPU": not request.on_cpu,
         "compiled layers": request.compiled,
         "an OPT model": request.shape.num_heads > 0,
         "another plugin than gemini": request.plugin != "gemini",
-        "--zero_stage 0 of hybrid_parallel": not states_wait,
+        "--zero_stage 0 of hybrid_parallel": request.plugin != "hybrid_parallel" or request.zero_stage == 0,
         "no --tp and --pp": request.tp * request.pp == 1,
         "no recomputed layers": not request.checkpointed_layers,
         "one micro-batch a step": not request.accumulates,
         "states on the GPU, updated after the backward pass": not request.step_in_backward
         and not request.offload_optim_frac,
+        "no layerdrop": not request.shape.layerdrop,
     }
     return [name for name, is_there in needs.items() if not is_there]
 
@@ -1392,8 +1394,8 @@ def fitting_flags(
     """
     limits = [gpu_gib * GIB / 1e9 if gpu_gib else 0.0, given.mem_cap]
     limit_gb = min((limit for limit in limits if limit), default=0.0)
-    free = {spec.name: spec.default for spec in fields(TrainArgs) if spec.name in (*AUTO_FLAGS, *OTHER_FLAGS)}
-    free = {name: value for name, value in free.items() if getattr(given, name) != "off" or name not in OTHER_FLAGS}
+    names = [*AUTO_FLAGS, *(name for name in OTHER_FLAGS if getattr(given, name) != "off")]
+    free = {spec.name: spec.default for spec in fields(TrainArgs) if spec.name in names}
     rows = {name: getattr(given, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     asked = replace(given, **{**free, **rows, "mem_cap": OOM_ROOM * limit_gb})
     choice = resolve_auto(asked, shape, world_size, gpu_gib, host_gib, **options)

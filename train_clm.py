@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -75,15 +75,14 @@ def print_plan(args: TrainArgs) -> int:
     try:
         if found := problems(args, world_size=world_size, num_gpus=num_gpus, gpus_per_node=num_gpus):
             raise ConfigError(*found)
-        shape, dropout, lacks = planned_model(args)
-        args = without_graphs(args, lacks)
+        shape, dropout = planned_shape(args)
         if found := planner.layout_problems(args, args.model_slug, shape):
             raise ConfigError(*found)
         # Of a machine that is not this one nothing is known.
         host_gib = None if args.gpus else hardware.host_memory_gib()
         where = (args, shape, world_size, gpu_gib, host_gib)
         choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
-        if found := graph_problems(args, (*choice.graph_obstacles, *lacks)):
+        if found := graph_problems(choice):
             raise ConfigError(*found)
     except ConfigError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
@@ -104,21 +103,18 @@ def print_plan(args: TrainArgs) -> int:
     return 0
 
 
-def planned_model(args: TrainArgs) -> tuple[ModelShape, bool, list[str]]:
-    """Return the model's numbers, whether it drops activations out, and `model.graph_obstacles`.
-
-    Only a model that is not of the OPT family's sizes needs torch.
-    """
+def planned_shape(args: TrainArgs) -> tuple[ModelShape, bool]:
+    """Return the model's numbers, and whether it drops activations out; only a model that is not OPT needs torch."""
     from opt_sizes import OPT_SHAPES
     from planner import model_shape
 
     if args.model_size:
         shape = OPT_SHAPES[args.model_size]
-        return model_shape(shape), (shape.dropout if args.dropout is None else args.dropout) > 0, []
+        return model_shape(shape), (shape.dropout if args.dropout is None else args.dropout) > 0
     import model
 
     source = model.find_model(args)
-    return model.shape_of(source), getattr(source.config, "dropout", 0.0) > 0, model.graph_obstacles(source)
+    return model.shape_of(source), getattr(source.config, "dropout", 0.0) > 0
 
 
 def run(args: TrainArgs, process: Runtime) -> int:
@@ -309,8 +305,6 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
     import strategy
 
     args = replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
-    lacks = model.graph_obstacles(source)
-    args = without_graphs(args, lacks)
     choice = planner.resolve_auto(
         args,
         shape,
@@ -321,7 +315,6 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
         has_bf16=process.has_bf16,
         dropout=getattr(source.config, "dropout", 0.0) > 0,
     )
-    found = graph_problems(args, (*choice.graph_obstacles, *lacks))
     default_stage = {"low_level_zero": 1, "hybrid_parallel": 0}.get(choice.plugin)
     args = replace(
         args,
@@ -333,22 +326,17 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
             "cuda_graphs": "on" if choice.cuda_graphs else "off",
         },
     )
-    found += model.layerdrop_problems(source, process.world_size)
+    found = graph_problems(choice) + model.layerdrop_problems(source, process.world_size)
     if found := found + planner.layout_problems(args, source.name, shape):
         raise ConfigError(*found)
     return choice, args
 
 
-def without_graphs(args: TrainArgs, lacks: Sequence[str]) -> TrainArgs:
-    """Return the settings with `auto` no longer free to take CUDA graphs where the model lacks something for them."""
-    return replace(args, cuda_graphs="off") if lacks and args.cuda_graphs == "auto" else args
-
-
-def graph_problems(args: TrainArgs, lacks: Sequence[str]) -> list[str]:
+def graph_problems(choice: Choice) -> list[str]:
     """Return that CUDA graphs were asked for and the setting, given or chosen, lacks something for them."""
-    if args.cuda_graphs != "on" or not lacks:
+    if not choice.graph_obstacles:
         return []
-    return [f"--cuda_graphs on: needs {', '.join(lacks)}; give flags that meet this, or leave it away"]
+    return [f"--cuda_graphs on: needs {', '.join(choice.graph_obstacles)}; give flags that meet this, or leave it away"]
 
 
 def require_same_choice(args: TrainArgs, process: Runtime) -> None:

@@ -1,7 +1,7 @@
 """Decoder layers compiled several at a time: around each graph the host spends as long as on the launches inside.
 
 Each size of a batch has a graph of its own (`dynamic=False`). Otherwise the size that comes second is compiled for any: that of
-training, where a resumed run evaluates first and with other batches. Such kernels are slower and sum in another order.
+training, where a resumed run evaluates first and with other batches. Such kernels sum in another order.
 """
 
 from __future__ import annotations
@@ -76,10 +76,9 @@ class _Group:
     def __init__(self, layers: tuple[Any, ...], *, cuda_graphs: bool) -> None:
         self._layers = layers
         self._evaluate = torch.compile(_run_uncompiled, dynamic=False)
-        recorded: dict[str, Any] = {"triton.cudagraphs": True}
         self._train = self._evaluate
         if cuda_graphs:
-            self._train = torch.compile(_run_uncompiled, dynamic=False, options=recorded)
+            self._train = torch.compile(_run_uncompiled, dynamic=False, options={"triton.cudagraphs": True})
         # Of the last call of the first layer, until the last layer is called.
         self._arguments: dict[str, Any] = {}
         self._num_left = 0

@@ -110,7 +110,7 @@ def test_a_setting_without_graphs_is_refused_where_they_were_asked_for(
     process = Runtime(0, 1, 0, 1, torch.device("cpu"), 0)
     refused = pytest.raises(ConfigError, match=f"--cuda_graphs on: needs {needs};") if needs else nullcontext()
     with refused:
-        resolve(args, process, ModelSource("125m", config, None), SHAPE)
+        resolve(args, process, ModelSource("125m", config, None), replace(SHAPE, layerdrop=layerdrop))
 
 
 def test_auto_becomes_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_auto_becomes_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def resolved(args: TrainArgs, layerdrop: float = 0.0) -> tuple[str, str, bool]:
         config.layerdrop = layerdrop
-        choice, used = resolve(args, gpu, ModelSource("125m", config, None), SHAPE)
+        choice, used = resolve(args, gpu, ModelSource("125m", config, None), replace(SHAPE, layerdrop=layerdrop))
         return used.compile, used.cuda_graphs, "layers as CUDA graphs" in choice.reason
 
     assert resolved(small) == ("on", "on", True)

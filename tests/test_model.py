@@ -164,6 +164,7 @@ def test_layers_left_out_at_random_are_refused_where_ranks_have_to_agree():
     (problem,) = layerdrop_problems(source, 2)
     assert "layerdrop to 0" in problem
     assert layerdrop_problems(source, 1) == layerdrop_problems(tiny_source(), 2) == []
+    assert (shape_of(source).layerdrop, shape_of(tiny_source()).layerdrop) == (0.1, 0.0)
 
 
 def test_the_learning_rate_follows_the_weights(opt_folder):
