@@ -25,6 +25,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 5
 # An epsilon of the gradients' own size makes Adam's steps depend on their scale, so that wrong clipping shows.

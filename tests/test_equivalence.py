@@ -74,6 +74,7 @@ def quick_run(tmp_path_factory):
     return run_matrix(tmp_path_factory.mktemp("equivalence"), "--quick", timeout_s=580, CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SOUND)
 def test_a_strategy_trains_and_evaluates_like_the_plain_loop(name, quick_run):
@@ -81,12 +82,14 @@ def test_a_strategy_trains_and_evaluates_like_the_plain_loop(name, quick_run):
     assert row["verdict"] == "agrees", row["error"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_fault_planted_on_purpose_is_noticed(name, quick_run):
     assert quick_run[1][name]["verdict"].startswith("differs")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_slice_ends_with_its_summary_and_without_an_error(quick_run):
     code, rows, output = quick_run

@@ -152,6 +152,7 @@ def test_a_run_that_overwrites_another_leaves_no_checkpoint_that_last_could_take
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
+@pytest.mark.long
 def test_after_a_killed_rank_max_restarts_lets_the_run_go_on_to_the_losses_of_an_undisturbed_one(tmp_path):
     trial = faults.sigkill_with_restart(Bench(tmp_path, random.Random(0)), 0)
     assert trial.code == 0 and trial.problems == (), "\n".join(trial.problems)

@@ -112,6 +112,7 @@ def host_errors(folder: Path, only: str) -> dict[str, float]:
     return {each["cell"]: each["host_error"] for each in rows}
 
 
+@pytest.mark.long
 def test_the_hosts_memory_for_a_tiny_model_is_predicted_within_a_tenth(tmp_path: Path) -> None:
     errors = host_errors(tmp_path, "^tiny (torch_ddp|low_level_zero)")
     assert len(errors) == 3 and all(-0.05 <= error <= 0.10 for error in errors.values()), errors

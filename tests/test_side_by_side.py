@@ -225,6 +225,7 @@ def test_the_trainer_sees_the_same_rows_and_weights_as_the_plain_loop():
     assert by_trainer.result("ok")["throughput"]["measured_steps"] == 2
 
 
+@pytest.mark.long
 def test_ours_and_plain_pytorch_stand_in_one_table_with_equal_losses_and_are_not_run_twice(tmp_path, capsys):
     flags = ["--case", "cpu", "--only", "plain", "torch_ddp", "--steps", "7", "--output", str(tmp_path)]
     handler = signal.getsignal(signal.SIGTERM)

@@ -121,17 +121,22 @@ BAD_INPUT = [
     ("--plugin hybrid_parallel --tp 2", "--tp 2 x --pp 1: must divide the 1 processes"),
     ("--plugin hybrid_parallel --tp 1 --pp 1 --num_microbatches -1", "--num_microbatches -1: must be at least 0"),
     ("--model_name_or_path ./nowhere", "--model_name_or_path ./nowhere: no such folder"),
-    ("--dataset wikitext --train_file nowhere.txt", "nowhere.txt"),
     ("--num_samples 2", "need a tokenizer"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_INPUT)
-def test_bad_input_is_one_clear_error_before_anything_is_written(flags, message, tmp_path):
-    command = [sys.executable, str(ROOT / "train_clm.py"), *"--model_name_or_path tiny --dataset synthetic".split()]
-    command += ["--output_dir", str(tmp_path / "run"), *flags.split()]
+def test_bad_input_is_one_clear_error_before_anything_is_written(flags, message, tmp_path, run_many):
+    run = run_many(tmp_path, {"run": flags.split()}, world=1)["run"]
+    assert run.code == 2 and message in run.output
+    assert "Traceback" not in run.output and not run.folder.exists()
+
+
+def test_a_file_that_is_not_there_is_one_clear_error_of_the_command(tmp_path):
+    command = [sys.executable, str(ROOT / "train_clm.py"), *"--model_name_or_path tiny --dataset wikitext".split()]
+    command += ["--output_dir", str(tmp_path / "run"), "--train_file", "nowhere.txt"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 2 and "nowhere.txt" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
