@@ -2,10 +2,11 @@
 # Makes the environment with the development tools and runs the tests. Arguments go to pytest.
 #
 # Hardware: two CPU cores, no GPU, no network but a package index the first time.
-# Time: 8 to 18 minutes, two files of tests at a time; the first call makes .venv (1 to 8 minutes more).
+# Time: 5 to 10 minutes, two files of tests at a time; the first call makes .venv (1 to 8 minutes more).
 #
 #   bash tests/run.sh                              # all that needs no GPU
 #   bash tests/run.sh tests/test_launchers.py -x
+#   bash tests/run.sh -m long                      # a minute or so each: CI runs them as well
 #   bash tests/run.sh -m gpu -n 0                  # on a machine with an NVIDIA GPU, one test at a time
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

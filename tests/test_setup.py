@@ -275,4 +275,4 @@ def test_ci_asks_for_a_browser_once_and_goes_on_without_one(tmp_path: Path, apt_
     calls = [line.split()[:2] for line in (tmp_path / "calls").read_text().splitlines()]
     apt = [["bin/apt-get", "update"]] + ([["bin/apt-get", "install"]] if apt_code == 0 else [])
     assert done.returncode == 0, done.stderr
-    assert calls == [*apt, ["setup.sh", "--dev"], ["bin/make", "check"], ["tests/run.sh"]]
+    assert calls == [*apt, ["setup.sh", "--dev"], ["bin/make", "check"], ["tests/run.sh", "-m"]]
