@@ -285,18 +285,19 @@ def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
     assert json.loads((folder / "result.json").read_text())["steps"] == step
 
 
-def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_path):
+def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_path, run_many):
     common = f"--model_name_or_path {MINI} --from_scratch --dataset synthetic --block_size 32 --save_strategy steps"
     command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--save_steps", "2"]
     command += ["--max_train_steps", "5000", "--logging_steps", "1", "--output_dir", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         try:
             next(line for line in first.stdout if line.startswith("checkpoint"))
-            for flags in (["--resume_from_checkpoint", "last"], ["--overwrite_output_dir"]):
-                second = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
-                assert second.returncode == 2 and second.stderr.startswith("error: --output_dir"), second.stderr
-                assert f"in use by a run that is still alive (process {first.pid} on" in second.stderr
-                assert second.stderr.count("\n") == 1
+            others = {"resumed": ["--resume_from_checkpoint", "last"], "over": ["--overwrite_output_dir"]}
+            flags = {name: [*command[2:], *own] for name, own in others.items()}
+            for name, second in run_many(tmp_path, flags, world=1).items():
+                assert second.code == 2 and second.output.startswith("--output_dir"), name + second.output
+                assert f"in use by a run that is still alive (process {first.pid} on" in second.output
+                assert second.output.count("\n") == 1
             with pytest.raises(ConfigError, match="still alive"):
                 export(
                     parse_args(["--export", "any", "--output_dir", command[-1], "--overwrite_output_dir"]), Path("any")

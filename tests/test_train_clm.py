@@ -90,8 +90,8 @@ def test_a_run_leaves_its_results_in_one_file(reference):
     assert len((reference.folder / "metrics.jsonl").read_text().splitlines()) == 4  # 3 steps and an evaluation
 
 
-def test_a_run_never_writes_over_another_unless_told(reference, run_training):
-    again = run_training(reference.folder.parent)
+def test_a_run_never_writes_over_another_unless_told(reference, run_many):
+    again = run_many(reference.folder.parent, {reference.folder.name: []}, world=1)[reference.folder.name]
     assert again.code == 2 and "already holds a run" in again.output and again.result == reference.result
 
 
