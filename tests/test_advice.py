@@ -62,6 +62,7 @@ def test_what_ran_out_is_not_advised_and_where_nothing_fits_or_limits_there_is_n
     assert flags_that_fit("125m", None, "--gradient_checkpointing on") is None
 
 
+@pytest.mark.long
 def test_a_run_without_memory_trains_when_its_advice_is_followed(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HARM", json.dumps({"8": "oom"}))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

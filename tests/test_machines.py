@@ -88,6 +88,7 @@ def namespaces():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.long
 def test_two_machines_with_nothing_but_a_network_between_them_train_as_one(tmp_path, reference, namespaces):
     master = {"MASTER_ADDR": namespaces[0][1], "MASTER_PORT": str(free_port())}
     machines = [

@@ -222,6 +222,7 @@ def test_runs_without_a_name_of_their_own_are_refused(runs, capsys):
     assert "a name of its own" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_run_on_the_cpu_shows_host_adam_beside_the_backward_pass_and_a_failed_one_its_log(tmp_path, capsys):
     common = "--model_name_or_path tiny --plugin low_level_zero --per_device_train_batch_size 2 --block_size 32".split()
     own = "--offload_optim_frac 1 --step_in_backward on"
