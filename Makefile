@@ -14,7 +14,7 @@ shfmt := $(bin)shfmt --indent 2
 help:
 	@echo "make check   ruff, mypy, shellcheck, shfmt: report, change nothing (about a minute)"
 	@echo "make fix     what ruff and shfmt can mend by themselves"
-	@echo "make test    the tests that need no GPU (5 to 10 minutes on two cores)"
+	@echo "make test    the tests that need no GPU (under 10 minutes on two cores)"
 
 check: setup
 	$(python) -m ruff format --check .

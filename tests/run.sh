@@ -2,7 +2,7 @@
 # Makes the environment with the development tools and runs the tests. Arguments go to pytest.
 #
 # Hardware: two CPU cores, no GPU, no network but a package index the first time.
-# Time: 5 to 10 minutes, two files of tests at a time; the first call makes .venv (1 to 8 minutes more).
+# Time: under 10 minutes, two files of tests at a time; the first call makes .venv (1 to 8 minutes more).
 #
 #   bash tests/run.sh                              # all that needs no GPU
 #   bash tests/run.sh tests/test_launchers.py -x
