@@ -1,4 +1,4 @@
-# What people and CI run alike. `bash setup.sh --dev` makes the environment; SKIP_SETUP=1 uses python3 as it is.
+# What people run, and CI before and beside its longer tests. `bash setup.sh --dev` makes the environment; SKIP_SETUP=1 uses python3 as it is.
 
 ifeq ($(SKIP_SETUP),1)
 bin :=
@@ -14,7 +14,7 @@ shfmt := $(bin)shfmt --indent 2
 help:
 	@echo "make check   ruff, mypy, shellcheck, shfmt: report, change nothing (about a minute)"
 	@echo "make fix     what ruff and shfmt can mend by themselves"
-	@echo "make test    the tests that need no GPU (under 10 minutes on two cores)"
+	@echo "make test    the tests that need no GPU but the long ones (under 10 minutes on two cores)"
 
 check: setup
 	$(python) -m ruff format --check .

@@ -76,7 +76,8 @@ NAN_GRADIENT = """output = forward(self, *tokens)
             return output"""
 NAN = 'return forward(self, *tokens) * float("nan")'
 STAND_STILL = "__import__('time').sleep(3600)"
-SLOW, SLOW_STEPS = "__import__('time').sleep(0.5)", 10  # long beside a step of a machine that is busy, too
+SLOW = "__import__('time').sleep(0.5)"  # long beside a step of a machine that is busy, too
+SLOW_STEPS = 10  # three left out, three in a row that are slow, told a step later; and some more
 HANG_TIMEOUT_S = 6
 
 
@@ -624,8 +625,8 @@ def rank_stands_still(bench: Bench, number: int) -> Trial:
 def slow_rank(bench: Bench, number: int) -> Trial:
     """A rank takes long over each forward pass: the run goes on, and says which one."""
     plugin = PLUGINS[number % 2]
-    few = "--max_train_steps", str(SLOW_STEPS), "--save_strategy", "no", "--eval_strategy", "no"
-    run = Run(bench.new_folder(), *plugin.split(), *few, planted=harm_in_all_steps(SLOW))
+    short = "--max_train_steps", str(SLOW_STEPS), "--save_strategy", "no", "--eval_strategy", "no"
+    run = Run(bench.new_folder(), *plugin.split(), *short, planted=harm_in_all_steps(SLOW))
     ended = run.finish(START_LIMIT_S)
     problems = list(end_problems(ended, [0], f"rank 1 of {Run.num_ranks} is slow: "))
     if ended.output.count(" is slow: ") != 1:

@@ -272,7 +272,7 @@ def test_a_failing_case_and_a_deadlock_cost_only_their_own_rows(tmp_path, monkey
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_groups_at_a_time_find_what_one_does(tmp_path):
     only = ["--only", "^DDP-1-ranks-.*batch"]
     code, rows, output = run_matrix(tmp_path, *only, "--jobs", "2", timeout_s=120, CUDA_VISIBLE_DEVICES="")

@@ -55,7 +55,7 @@ def test_two_machines_that_meet_at_the_master_train_as_one(tmp_path, reference):
     assert losses_of_two(tmp_path / "run", *machines) == reference
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_that_meet_at_a_rendezvous_train_as_one(tmp_path, reference):
     meeting = {"RDZV_ENDPOINT": f"localhost:{free_port()}", "RDZV_ID": "test"}
     assert losses_of_two(tmp_path / "run", meeting, meeting) == reference

@@ -276,3 +276,4 @@ def test_ci_asks_for_a_browser_once_and_goes_on_without_one(tmp_path: Path, apt_
     apt = [["bin/apt-get", "update"]] + ([["bin/apt-get", "install"]] if apt_code == 0 else [])
     assert done.returncode == 0, done.stderr
     assert calls == [*apt, ["setup.sh", "--dev"], ["bin/make", "check"], ["tests/run.sh", "-m"]]
+    assert (tmp_path / "calls").read_text().endswith("tests/run.sh -m not gpu and not multi_gpu and not slow\n")
