@@ -1,4 +1,5 @@
-# What people run, and CI before and beside its longer tests. `bash setup.sh --dev` makes the environment; SKIP_SETUP=1 uses python3 as it is.
+# What people run; CI makes the same check, and its tests are these and the long ones (.ci/run).
+# `bash setup.sh --dev` makes the environment; SKIP_SETUP=1 uses python3 as it is.
 
 ifeq ($(SKIP_SETUP),1)
 bin :=

@@ -22,6 +22,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
         self.problems = problems
 
+    @property
+    def lines(self) -> str:
+        """The problems as a user reads them, one a line."""
+        return "\n".join(f"error: {problem}" for problem in self.problems)
+
 
 def flag(group: str, default: Any, help: str, **options: Any) -> Any:
     """Return a dataclass field that is also a command-line flag (`options` go to argparse)."""

@@ -303,7 +303,7 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
         code = body(runtime)
     except ConfigError as error:
         if runtime.is_main:
-            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+            print(error.lines, file=sys.stderr, flush=True)
         code = EXIT_CONFIG
     except torch.OutOfMemoryError:
         leave_now(EXIT_OOM)

@@ -85,7 +85,7 @@ def print_plan(args: TrainArgs) -> int:
         if found := graph_problems(choice):
             raise ConfigError(*found)
     except ConfigError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        print(error.lines, file=sys.stderr)
         return 2
     others = planner.alternatives(*where, choice=choice, dropout=dropout) if args.nodes == 1 else []
     print(planner.table(choice, others))

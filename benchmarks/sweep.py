@@ -51,7 +51,7 @@ def main(flags: Sequence[str]) -> int:
             check_machine(settings.folder, gpus)
             return Sweep(settings, gpus).run()
     except ConfigError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        print(error.lines, file=sys.stderr)
         return 2
 
 

@@ -295,7 +295,7 @@ def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_p
             others = {"resumed": ["--resume_from_checkpoint", "last"], "over": ["--overwrite_output_dir"]}
             flags = {name: [*command[2:], *own] for name, own in others.items()}
             for name, second in run_many(tmp_path, flags, world=1).items():
-                assert second.code == 2 and second.output.startswith("--output_dir"), name + second.output
+                assert second.code == 2 and second.output.startswith("error: --output_dir"), name + second.output
                 assert f"in use by a run that is still alive (process {first.pid} on" in second.output
                 assert second.output.count("\n") == 1
             with pytest.raises(ConfigError, match="still alive"):

@@ -41,7 +41,7 @@ def run(argv: list[str], process: runtime.Runtime) -> tuple[int, str]:
         try:
             code = train_clm.run(parse_args(argv), process)
         except ConfigError as error:
-            print(error)
+            print(error.lines)
             code = runtime.EXIT_CONFIG
     return code, output.getvalue()
 
