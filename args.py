@@ -89,6 +89,7 @@ class TrainArgs:
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
     offload_optim_frac: float = flag("parallelism", 0.0, "low_level_zero and gemini: share of optimizer states kept on the host, 0 to 1", type=float)
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
+    max_prefetch: int | None = flag("parallelism", None, "gemini: chunks that are fetched before the layer that needs them; off: those of one layer and one more on several GPUs, none on one or with --placement auto", type=int)
     step_in_backward: str = flag("parallelism", "auto", "low_level_zero: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
     hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life until a rank is reported as hung, with stacks, and the run ends; the same for a step after the first that does not get on, but at least three times its longest phase so far; 0: off", type=float)
@@ -207,6 +208,7 @@ def _number_problems(args: TrainArgs) -> list[str]:
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
         "eval_steps": 0, "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
+        "max_prefetch": 0,
     }  # fmt: skip
     between = {
         "dropout": (0, 1), "warmup_ratio": (0, 1), "offload_optim_frac": (0, 1), "offload_param_frac": (0, 1),
@@ -280,6 +282,7 @@ def _unused_problems(args: TrainArgs) -> list[str]:
         "pp_schedule": ("hybrid_parallel",), "num_model_chunks": ("hybrid_parallel",),
         "zero_stage": ("low_level_zero", "hybrid_parallel"),
         "placement": ("gemini",), "offload_optim_frac": ("gemini", "low_level_zero"), "offload_param_frac": ("gemini",),
+        "max_prefetch": ("gemini",),
         "step_in_backward": ("low_level_zero",),
     }  # fmt: skip
     defaults = TrainArgs()

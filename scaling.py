@@ -17,6 +17,7 @@ from planner import (
     Plan,
     PlanRequest,
     chunk_numbers,
+    chunks_ahead,
     ddp_gradient_bytes,
     in_pieces,
     layer_exchanges,
@@ -257,7 +258,7 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     torch_ddp all-reduces fp32 gradients, but those of compiled matrices, and the others 16-bit ones; LowLevelZero and
     Gemini scatter them. ZeRO gathers the new 16-bit parameters: LowLevelZero in the next forward pass, which hides it,
     hybrid_parallel after the update.
-    Gemini gathers every chunk for the forward pass, and again for the backward pass, and by default fetches none ahead.
+    Gemini gathers every chunk for the forward pass, and again for the backward pass, by default before it is needed.
     A pipeline exchanges gradients when its last micro-batch is done.
     """
     if group.size == 1:
@@ -273,11 +274,14 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     whole_s = exchange(gradient_bytes, calls=calls)
     # Our last bucket, and the first one that LowLevelZero's next forward pass wants, is the embedding.
     embedding = request.shape.vocab_size * request.shape.embed_dim / request.tp
+    first_s = group.gather_s(embedding * item)
     last_s = exchange(embedding * (4 if is_ddp else item)) if is_own else whole_s / calls
     hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s - last_s)
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
     weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
-    return whole_s - hidden_s, weights_s - (min(forward_s, weights_s - last_s) if is_zero else 0.0)
+    is_ahead = is_zero or (request.plugin == "gemini" and chunks_ahead(request) > 0)
+    beside_s = gathers * forward_s  # of Gemini's two gathers each has a pass of at least that length
+    return whole_s - hidden_s, weights_s - (min(beside_s, weights_s - first_s) if is_ahead else 0.0)
 
 
 def _layers_s(request: PlanRequest, group: Group) -> float:
@@ -371,6 +375,8 @@ def setting_of(request: PlanRequest) -> str:
     parts += [f"{request.num_microbatches} pieces"] * (request.pp > 1)
     parts += [f"interleaved in {request.pp_chunks}"] * (request.pp_chunks > 1)
     parts += [f"ZeRO {request.zero_stage}"] * (request.zero_stage > 0)
+    if request.plugin == "gemini" and request.dp_size > 1 and not chunks_ahead(request):
+        parts.append("nothing fetched ahead")
     parts += ["recompute"] * (request.checkpointed_layers > 0)
     return ", ".join(parts)
 

@@ -53,11 +53,13 @@ class Workload:
 
     Args:
         parameter_numels: elements of each parameter in the model's order, tied ones once.
+        layer_numel: elements of the largest decoder layer's.
         parameter_shapes: full shape by name, tied ones under each of their names.
         varying_length: batches differ in length (padded rows).
     """
 
     parameter_numels: tuple[int, ...]
+    layer_numel: int
     parameter_shapes: Mapping[str, torch.Size]
     varying_length: bool
 
@@ -66,7 +68,8 @@ def workload(model: nn.Module, *, varying_length: bool) -> Workload:
     """Return the facts of a model that is not boosted yet."""
     numels = tuple(parameter.numel() for parameter in model.parameters())
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return Workload(numels, shapes, varying_length)
+    layer_numel = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model))
+    return Workload(numels, layer_numel, shapes, varying_length)
 
 
 class Engine:
@@ -342,6 +345,8 @@ class Engine:
         """Drop everything boosted, so that the plugin's process groups end before the default one."""
         if self.args.plugin == "low_level_zero" and self.optimizer is not None:
             self.optimizer.close()
+        if self.args.plugin == "gemini":
+            _forget_layouts()
         self.model = self.optimizer = self.scheduler = self.plugin = None
         del self.booster
         gc.collect()
@@ -384,8 +389,10 @@ def _spare_the_host(model: Any, optimizer: Any, *, waits: bool) -> None:
     Args:
         waits: the host has to wait for gradients and their norm: it updates some of the weights.
     """
+    from colossal_ext.gemini_hook import use_layer_hook
     from colossal_ext.gemini_layers import drop_gradients_directly
 
+    use_layer_hook(model)
     drop_gradients_directly(model)
     if waits:
         return
@@ -395,6 +402,12 @@ def _spare_the_host(model: Any, optimizer: Any, *, waits: bool) -> None:
         model.async_reduce_stream = StreamOrder(model.async_reduce_stream)
     if optimizer is not None:
         clip_on_device(optimizer)
+
+
+def _forget_layouts() -> None:
+    from colossal_ext.gemini_hook import forget_layouts
+
+    forget_layouts()
 
 
 def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -496,10 +509,20 @@ def _gemini(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
         enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
         # On one GPU without offload there is nothing to reduce and nowhere to move it.
         enable_async_reduce=not runtime.on_cpu and (runtime.world_size > 1 or _uses_host(args)),
+        max_prefetch=_max_prefetch(args, runtime, workload),
         pin_memory=not runtime.on_cpu,
         **(fractions if args.placement == "static" else {}),
         **gemini_chunk_settings(workload.parameter_numels, runtime.world_size),
     )
+
+
+def _max_prefetch(args: TrainArgs, runtime: Runtime, workload: Workload) -> int:
+    """Return how many chunks Gemini fetches ahead: the flag, or a layer's; none under `auto` placement, not measured."""
+    from colossal_ext.gemini_chunks import chunks_ahead
+
+    if args.max_prefetch is not None or args.placement == "auto":
+        return args.max_prefetch or 0
+    return chunks_ahead(workload.parameter_numels, workload.layer_numel, runtime.world_size)
 
 
 def _uses_host(args: TrainArgs) -> bool:

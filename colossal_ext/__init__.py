@@ -9,6 +9,7 @@ gemini_host        Gemini's chunks shard where device and host are both the CPU
 gemini_device      on a GPU, chunks have pinned memory only where they need it, and are not freed while they are read
 gemini_placement   Gemini's offload fractions mean what they say
 gemini_overflow    Gemini, fp16, accumulation: training goes on after an overflow
+gemini_hook        Gemini's hook for many parameters at once, which fetches chunks ahead
 gemini_layers      Gemini's hooks once a decoder layer, around a compiled graph
 gemini_chunks      chunk sizes that shard a model of any size
 layer_groups       decoder layers compiled several at a time

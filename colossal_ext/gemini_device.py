@@ -26,7 +26,8 @@ class DeviceChunk(Chunk):
 
     Upstream also frees the gathered gradients (chunk.py:417 and :556) while the stream that reduces them still reads:
     the allocator knows of the stream that made them only, and gives the memory away at once. On an H100 and two H200
-    losses were up to 25 % off, or NaN, where no clipping waited for the norm.
+    losses were up to 25 % off, or NaN, where no clipping waited for the norm. In the same way it frees shards that the
+    reducing stream made and another one still reads: where memory is short their pages are unmapped under it.
     """
 
     cuda_shard: torch.Tensor | None
@@ -46,10 +47,18 @@ class DeviceChunk(Chunk):
         if device.type == "cpu" and self.pin_memory and self.cpu_shard is None and self.cuda_shard is not None:
             self.cpu_shard = pinned_empty(self.shard_size, self.dtype)
             self.cpu_vis_flag = False
+        self._shard_outlives_current_stream()
         super().shard_move(device, force_copy, non_blocking)
+
+    def access_chunk(self, async_access: bool = False) -> dist.Work | None:
+        """Gather the chunk, and free the shard once the current stream has read it or waited for NCCL, which has."""
+        self._shard_outlives_current_stream()
+        return super().access_chunk(async_access)
 
     def init_grad_chunk(self) -> Chunk:
         """Return this chunk's gradient chunk, which has no host shard yet."""
+        if self.grad_chunk is not None:
+            self.grad_chunk._shard_outlives_current_stream()
         pin_memory, self.pin_memory = self.pin_memory, False
         grad_chunk = super().init_grad_chunk()
         grad_chunk.pin_memory = self.pin_memory = pin_memory
@@ -82,6 +91,10 @@ class DeviceChunk(Chunk):
     def _outlive_current_stream(self) -> None:
         if self.is_gathered:
             self.cuda_global_chunk.record_stream(torch.cuda.current_stream())
+
+    def _shard_outlives_current_stream(self) -> None:
+        if self.cuda_shard is not None:
+            self.cuda_shard.record_stream(torch.cuda.current_stream())
 
 
 class StreamOrder:

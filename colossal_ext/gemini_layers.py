@@ -10,7 +10,7 @@ the weights again once `pre_backward` has brought the chunks back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,11 @@ from colossalai.tensor.colo_tensor import ColoTensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero.gemini.chunk import TensorState
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
-from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from .gemini_hook import LayerHook
 from .upstream import require_mended_version
 
 
@@ -69,17 +69,14 @@ def drop_gradients_directly(model: GeminiDDP) -> None:
 
     That is Python for each read and write, three times a step: a tenth of its forward and backward calls.
     """
-    model._setup_grads_ptr = _without_torch_function(model._setup_grads_ptr)
-    model.module.zero_grad = _without_torch_function(model.module.zero_grad)
+    parameters = list(model.module.parameters())
 
-
-def _without_torch_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def drop(*, set_to_none: bool = True) -> None:
         with torch._C.DisableTorchFunction():
-            return function(*args, **kwargs)
+            for parameter in parameters:
+                parameter.grad = None
 
-    return call
+    model._setup_grads_ptr = model.module.zero_grad = drop
 
 
 def _plain(arguments: Any) -> Any:
@@ -149,10 +146,9 @@ class _PlainWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         ColoParamOpHookManager._trigger_post_backward(ctx.parameters)
-        closing = set(ctx.closing)
-        pairs = zip(ctx.parameters, gradients, strict=True)
-        with torch._C.DisableTorchFunction():
-            _copy_into_chunks([pair for number, pair in enumerate(pairs) if number not in closing])
+        if len(ctx.closing) < len(gradients):
+            with torch._C.DisableTorchFunction():
+                _copy_into_chunks(ctx.parameters, gradients)
         return (None, None, *(gradients[number] for number in ctx.closing))
 
 
@@ -161,27 +157,25 @@ def _closing(parameters: list[nn.Parameter]) -> list[int]:
 
     All of them with accumulation, where gradients have chunks of their own, and where nothing is hooked.
     """
-    manager = _chunk_manager()
-    if manager is None or not manager.reuse_fp16_chunk:
+    hook = _layer_hook()
+    if hook is None or not hook.overwrites_weights:
         return list(range(len(parameters)))
-    return list({manager.get_chunk(parameter): number for number, parameter in enumerate(parameters)}.values())
+    return [residents.numbers[-1] for residents in hook.residents(parameters)]
 
 
-def _copy_into_chunks(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Do for all of these parameters what GeminiDDP.grad_handle does for one that does not complete its chunk."""
-    manager = _chunk_manager()
-    slices = list[Tensor]()
-    for parameter, _ in pairs:
-        chunk = manager.get_chunk(parameter)
-        info = chunk.tensors_info[parameter]
-        slices.append(chunk.cuda_global_chunk[info.offset : info.end])
-        chunk.tensor_trans_state(parameter, TensorState.READY_FOR_REDUCE)
-        parameter._gemini_reduced = True  # type: ignore[attr-defined]  # its error message looks at it
+def _copy_into_chunks(parameters: list[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Do what GeminiDDP.grad_handle does, for all of these parameters but the last of each chunk."""
+    slices, flat = list[Tensor](), list[Tensor]()
+    for residents in (each.without_last for each in _layer_hook().residents(parameters)):
+        residents.change_to(TensorState.READY_FOR_REDUCE)
+        for number, info in zip(residents.numbers, residents.infos, strict=True):
+            slices.append(residents.chunk.cuda_global_chunk[info.offset : info.end])
+            flat.append(gradients[number].flatten())
+            parameters[number]._gemini_reduced = True  # its error message looks at it
     if slices:
-        torch._foreach_copy_(slices, [gradient.flatten() for _, gradient in pairs])
+        torch._foreach_copy_(slices, flat)
 
 
-def _chunk_manager() -> Any:
-    """Return the ChunkManager of the model that runs, None where its hooks are off (GeminiDDP._inference_forward)."""
-    hooks = (hook for hook in ColoParamOpHookManager.hooks if isinstance(hook, GeminiZeROHook))
-    return next((hook._chunk_manager for hook in hooks), None)
+def _layer_hook() -> Any:
+    """Return the LayerHook of the model that runs, None where its hooks are off (GeminiDDP._inference_forward)."""
+    return next((hook for hook in ColoParamOpHookManager.hooks if isinstance(hook, LayerHook)), None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lean way
 
@@ -19,15 +20,15 @@ from colossalai.tensor.colo_tensor import ColoTensor
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
 from colossalai.zero.gemini import placement_policy
 from colossalai.zero.gemini.chunk import TensorState
-from colossalai.zero.gemini.chunk.chunk import Chunk
+from colossalai.zero.gemini.chunk.chunk import Chunk, TensorInfo
 from colossalai.zero.gemini.chunk.search_utils import search_chunk_configuration
-from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from transformers import OPTConfig, OPTForCausalLM
 
 from colossal_ext import gemini_chunks as chunks
 from colossal_ext import gemini_host, gemini_layers
 from colossal_ext.gemini_device import DeviceChunk, combined_scale
+from colossal_ext.gemini_hook import LayerHook, Residents
 from colossal_ext.gemini_placement import ExactStaticPlacementPolicy, install_exact_placement
 from opt_sizes import OPT_SHAPES
 
@@ -86,6 +87,14 @@ def test_layout_closes_a_chunk_that_the_next_parameter_does_not_fit() -> None:
 
 def test_a_large_parameter_gets_a_chunk_of_its_own_size() -> None:
     assert chunks.lay_out([100, 5], chunk_numel=10, world_size=1).chunk_numels == (100, 10)
+
+
+@pytest.mark.parametrize(("size", "ahead"), [("1.3b", 3), ("6.7b", 4), ("13b", 4)])
+def test_the_next_layers_chunks_are_fetched_ahead(size: str, ahead: int) -> None:
+    model = meta_model(size)
+    layer_numel = sum(parameter.numel() for parameter in model.model.decoder.layers[0].parameters())
+    assert chunks.chunks_ahead(numels_of(size), layer_numel, world_size=2) == ahead
+    assert chunks.chunks_ahead(numels_of(size), layer_numel, world_size=1) == 0
 
 
 @pytest.mark.parametrize("numels", [[5], [1, 1], [7, 100_000], [3] * 1000])
@@ -204,6 +213,27 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
     assert chunk.payload.sum().item() == numel
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("async_access", [False, True])
+def test_a_shard_is_not_overwritten_while_another_stream_gathers_it(one_nccl_rank: None, async_access: bool) -> None:
+    stream, numel = torch.cuda.Stream(), 2**24
+    chunk = DeviceChunk(numel, dist.group.WORLD, torch.float32)
+    chunk.append_tensor(torch.ones(numel, device="cuda"))
+    chunk.close_chunk()
+    chunk.access_chunk()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        chunk.reduce()  # makes the shard
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**8)
+    if work := chunk.access_chunk(async_access):
+        work.wait()
+    with torch.cuda.stream(stream):
+        torch.empty(numel, device="cuda").zero_()
+    torch.cuda.synchronize()
+    assert chunk.payload.sum().item() == numel
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_the_divisor_on_the_device_is_upstreams(max_norm: float) -> None:
     def optimizer(squares: list[Any]) -> Any:
@@ -317,35 +347,33 @@ def test_a_layer_calls_the_hooks_once_and_uses_no_parameter_that_they_release(
     assert hook.calls == [*first, *again, *last]
 
 
-class RecordingHook(GeminiZeROHook):
-    """Gemini's own, over two chunks that are always there, and that share out a layer's parameters."""
+class RecordingHook(LayerHook):
+    """Ours, over two chunks that are always there, and that share out a layer's parameters."""
 
     def __init__(self, layer: Any, *, reuse_fp16_chunk: bool) -> None:
         parameters = list(layer.parameters())
         self.chunks = [FilledChunk(parameters[:10]), FilledChunk(parameters[10:])]
-        self._chunk_manager: Any = SimpleNamespace(
+        manager = SimpleNamespace(
             reuse_fp16_chunk=reuse_fp16_chunk,
             get_chunk=lambda parameter: next(chunk for chunk in self.chunks if parameter in chunk.tensors_info),
         )
+        super().__init__(SimpleNamespace(chunk_manager=manager))
 
     def pre_op(self, params: Any) -> None: ...
-
-    def post_op(self, params: Any) -> None: ...
 
 
 class FilledChunk:
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
         self.tensors_info = {
-            parameter: SimpleNamespace(offset=end - parameter.numel(), end=end)
+            parameter: TensorInfo(TensorState.COMPUTE, end - parameter.numel(), end)
             for parameter, end in zip(parameters, ends, strict=True)
         }
+        self.tensor_state_cnter = dict.fromkeys(TensorState, 0) | {TensorState.COMPUTE: len(parameters)}
         self.cuda_global_chunk = torch.zeros(ends[-1])
-        self.ready: list[torch.Tensor] = []
 
-    def tensor_trans_state(self, parameter: torch.Tensor, state: TensorState) -> None:
-        assert state is TensorState.READY_FOR_REDUCE
-        self.ready.append(parameter)
+    def states(self) -> list[TensorState]:
+        return [info.state for info in self.tensors_info.values()]
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
@@ -355,15 +383,15 @@ def test_a_layers_gradients_are_copied_at_once_and_gemini_sees_the_last_of_each_
         layer.compile(backend=backend)
     hook = RecordingHook(layer, reuse_fp16_chunk=True)
     gemini_layers.hook_layers([layer])
-    seen = gradients(layer, hook)[1:]
+    with hook.switch_to_backward():
+        seen = gradients(layer, hook)[1:]
     expected = [gradient for gradient in gradients(small_layer())[1:] if gradient is not None]
-    parameters = list(layer.parameters())
     assert [number for number, gradient in enumerate(seen) if gradient is not None] == [9, 15]
     for chunk, numbers in zip(hook.chunks, (range(9), range(10, 15)), strict=True):
         flat = torch.cat([expected[number].flatten() for number in numbers])
         torch.testing.assert_close(chunk.cuda_global_chunk[: flat.numel()], flat)
         assert not chunk.cuda_global_chunk[flat.numel() :].any()  # the last one's, which grad_handle copies
-        assert [id(each) for each in chunk.ready] == [id(parameters[number]) for number in numbers]
+        assert chunk.states() == [TensorState.READY_FOR_REDUCE] * len(numbers) + [TensorState.HOLD_AFTER_BWD]
 
 
 def test_with_accumulation_gemini_sees_every_gradient() -> None:
@@ -371,7 +399,102 @@ def test_with_accumulation_gemini_sees_every_gradient() -> None:
     hook = RecordingHook(layer, reuse_fp16_chunk=False)
     gemini_layers.hook_layers([layer])
     torch.testing.assert_close(gradients(layer, hook), gradients(small_layer()))
-    assert not any(chunk.ready for chunk in hook.chunks)
+    assert not any(TensorState.READY_FOR_REDUCE in chunk.states() for chunk in hook.chunks)
+
+
+def one_chunk(states: Iterable[TensorState]) -> FilledChunk:
+    chunk = FilledChunk([torch.zeros(2) for _ in states])
+    for info, state in zip(chunk.tensors_info.values(), states, strict=True):
+        info.state = state
+    chunk.tensor_state_cnter = {state: chunk.states().count(state) for state in TensorState}
+    return chunk
+
+
+@pytest.mark.parametrize("state", TensorState)
+def test_parameters_change_state_together_as_upstream_changes_each(state: TensorState) -> None:
+    together, one_by_one = one_chunk([*TensorState] * 2), one_chunk([*TensorState] * 2)
+    Residents(cast(Any, together), (), tuple(together.tensors_info.values())).change_to(state)
+    # Upstream's own, which calls `self._Chunk__update_one_tensor_info`.
+    update = functools.partial(Chunk._Chunk__update_one_tensor_info, one_by_one)
+    one_by_one._Chunk__update_one_tensor_info = update  # type: ignore[attr-defined]
+    for tensor in one_by_one.tensors_info:
+        Chunk.tensor_trans_state(cast(Any, one_by_one), tensor, state)
+    assert together.states() == one_by_one.states()
+    assert together.tensor_state_cnter == one_by_one.tensor_state_cnter
+
+
+def test_a_set_of_parameters_is_looked_up_once_and_ignored_ones_are_left_out() -> None:
+    layer = small_layer()
+    hook, parameters = RecordingHook(layer, reuse_fp16_chunk=True), list(layer.parameters())
+    parameters[3]._ddp_to_ignore = True
+    found = hook.residents(parameters[2:12])
+    assert [each.numbers for each in found] == [(0, 2, 3, 4, 5, 6, 7), (8, 9)]
+    assert [each.chunk for each in found] == hook.chunks
+    assert hook.residents(parameters[2:12]) is found
+
+
+class NamedChunk:
+    def __init__(self, name: str) -> None:
+        self.name, self.tensor_state_cnter = name, dict.fromkeys(TensorState, 0)
+
+
+class NotingManager:
+    """A GeminiManager of six operators with a chunk each, after its warm-up; notes what is fetched, and what ahead."""
+
+    def __init__(self, max_prefetch: int) -> None:
+        self.chunks = [NamedChunk(f"{number}") for number in range(6)]
+        self.compute_list, self.compute_idx = [(chunk,) for chunk in self.chunks], -1
+        self.async_works: dict[NamedChunk, str] = {}
+        self.noted: list[str] = []
+        self.chunk_manager: Any = SimpleNamespace(accessed_chunks=set(), access_chunk=self.access_chunk)
+        self.placement_policy = ExactStaticPlacementPolicy(self.chunk_manager, max_prefetch=max_prefetch)
+
+    def access_chunk(self, chunk: NamedChunk, async_access: bool = False) -> str | None:
+        self.chunk_manager.accessed_chunks.add(chunk)
+        self.noted.append(f"{chunk.name} ahead" if async_access else chunk.name)
+        return "work" if async_access else None
+
+    def add_work(self, chunk: NamedChunk, work: str) -> None:
+        self.async_works[chunk] = work
+
+    def wait_chunks(self, chunks: Iterable[NamedChunk]) -> list[NamedChunk]:
+        return [chunk for chunk in chunks if not self.async_works.pop(chunk, None)]
+
+    def adjust_layout(self, chunks: Iterable[NamedChunk], record_anyway: bool) -> None:
+        assert record_anyway is (self.placement_policy.max_prefetch > 0)  # or nothing is known to be next
+        self.compute_idx += 1
+
+    def is_warmup(self) -> bool:
+        return False
+
+    def sample_overall_data(self) -> None: ...
+
+    def record_model_data_volume(self) -> None: ...
+
+    def run(self, hook: LayerHook) -> list[str]:
+        """Return what is fetched for three of the operators."""
+        for chunk in self.chunks[:3]:
+            hook._bring([Residents(cast(Any, chunk), (), ())])
+        return self.noted
+
+
+def test_chunks_are_fetched_ahead_in_the_order_of_the_operators() -> None:
+    expected = ["0", "1 ahead", "2 ahead", "3 ahead", "4 ahead"]
+    manager = NotingManager(max_prefetch=2)
+    assert manager.run(LayerHook(manager)) == expected
+    manager = NotingManager(max_prefetch=2)
+    hook = LayerHook(manager)
+    with hook.switch_to_backward(), torch.no_grad():  # as autograd calls a function's backward
+        assert manager.run(hook) == expected
+    assert [chunk.name for chunk in manager.async_works] == ["3", "4"]
+
+
+def test_nothing_is_fetched_ahead_in_evaluation_or_without_being_asked() -> None:
+    manager = NotingManager(max_prefetch=2)
+    with torch.no_grad():
+        assert manager.run(LayerHook(manager)) == ["0", "1", "2"]
+    manager = NotingManager(max_prefetch=0)
+    assert manager.run(LayerHook(manager)) == ["0", "1", "2"]
 
 
 def test_a_layer_that_fails_keeps_its_parameters() -> None:

@@ -46,6 +46,7 @@ class Case:
         max_norm: clip to this norm; 1e9 measures without clipping.
         initial_scale: first loss scale of fp16.
         backend: compiles the decoder layers; empty: they are not.
+        upstream_hook: Gemini's own hook, not colossal_ext's.
     """
 
     world_size: int
@@ -58,6 +59,7 @@ class Case:
     checkpointing: bool = False
     initial_scale: float = 2.0**10
     backend: str = ""
+    upstream_hook: bool = False
     num_steps: int = NUM_STEPS
 
     @property
@@ -80,6 +82,7 @@ def hybrid(world_size: int, tp: int = 1, pp: int = 1, options: dict[str, Any] | 
 
 INTERLEAVED = {"pp_style": "interleaved", "num_model_chunks": 2, "num_microbatches": 4}
 OFFLOADED = {"offload_optim_frac": 1.0, "offload_param_frac": 1.0}
+AHEAD = {"max_prefetch": 2}
 CLIPPED = {"accumulation": 2, "max_norm": 0.3}
 # Saves for the backward pass what Inductor's graphs save, which take ten times as long to build.
 COMPILED = {"backend": "aot_eager_decomp_partition"}
@@ -97,12 +100,13 @@ CASES: dict[str, Case] = {
         2, "gemini", {"offload_optim_frac": 0.5}, precision="bf16", **CLIPPED
     ),
     "gemini_fp16_post_norm_checkpointed": Case(
-        2, "gemini", precision="fp16", model="post_norm", checkpointing=True, max_norm=0.3
+        2, "gemini", AHEAD, precision="fp16", model="post_norm", checkpointing=True, max_norm=0.3
     ),
     "gemini_fp16_compiled": Case(2, "gemini", precision="fp16", **CLIPPED, **COMPILED),
     "gemini_bf16_offloaded_compiled_checkpointed": Case(
-        2, "gemini", OFFLOADED, precision="bf16", max_norm=0.3, checkpointing=True, **COMPILED
+        2, "gemini", OFFLOADED | AHEAD, precision="bf16", max_norm=0.3, checkpointing=True, **COMPILED
     ),
+    "gemini_bf16_ahead_accumulated": Case(2, "gemini", AHEAD, precision="bf16", **CLIPPED),
     "tp2_accumulated_clipped": hybrid(2, tp=2, accumulation=4, max_norm=0.3),
     "tp2_full_logits": hybrid(2, tp=2, options={"parallel_output": False}),
     "tp2_fp16": hybrid(2, tp=2, precision="fp16", **CLIPPED),
@@ -260,6 +264,10 @@ class Trainer:
         self.booster = Booster(plugin=self.plugin, mixed_precision=precision)
         optimizer = CompileFreeAdam(parameter_groups(model), **ADAM)
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        if case.plugin == "gemini" and not case.upstream_hook:
+            from colossal_ext.gemini_hook import use_layer_hook
+
+            use_layer_hook(self.model)
         self.dp_rank, self.dp_size, self.reports_loss = dist.get_rank(), case.world_size, True
         self.pipeline = case.options.get("pp_size", 1) > 1
         if case.plugin == "hybrid":
@@ -437,6 +445,8 @@ def upstream_faults() -> dict[str, Any]:
     install_gemini_host_chunks()
     found["gemini_replicated"] = run_case(dataclasses.replace(clipped, options={"min_chunk_size_m": 32}))
     found["gemini_overflowing"] = run_case(OVERFLOWING)
+    ahead = Case(2, "gemini", AHEAD, precision="bf16", upstream_hook=True)
+    found["gemini_evaluated_ahead"] = run_case(ahead)
     return found
 
 
@@ -640,6 +650,11 @@ def test_upstream_gemini_still_miscounts_gradients_in_a_replicated_chunk(upstrea
 
 def test_upstream_gemini_still_never_recovers_from_an_overflow(upstream: dict[str, Any]) -> None:
     assert upstream["gemini_overflowing"]["norms"] == [float("inf")] * OVERFLOWING.num_steps
+
+
+def test_upstream_gemini_still_cannot_train_after_evaluation_that_fetched_ahead(upstream: dict[str, Any]) -> None:
+    error = upstream["gemini_evaluated_ahead"]["error"]
+    assert "in train_step" in error and "its data is not allocated yet" in error
 
 
 if __name__ == "__main__":
