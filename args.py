@@ -89,7 +89,7 @@ class TrainArgs:
     placement: str = flag("parallelism", "static", "gemini: static fractions, or auto placement by memory use (GPU only)", choices=("static", "auto"))
     offload_optim_frac: float = flag("parallelism", 0.0, "low_level_zero and gemini: share of optimizer states kept on the host, 0 to 1", type=float)
     offload_param_frac: float = flag("parallelism", 0.0, "gemini: share of parameters kept on the host; needs --offload_optim_frac 1", type=float)
-    max_prefetch: int | None = flag("parallelism", None, "gemini: chunks that are fetched before the layer that needs them; off: those of one layer and one more on several GPUs, none on one or with --placement auto", type=int)
+    max_prefetch: str = flag("parallelism", "auto", "gemini: chunks that are fetched before the layer that needs them; 0: none; auto: those of a layer and one more on several ranks, none on one or with --placement auto", metavar="{auto,N}")
     step_in_backward: str = flag("parallelism", "auto", "low_level_zero: update each parameter as soon as its gradient is there; needs bf16 or fp32 and no clipping; auto: with optimizer states on the host", choices=("auto", "on", "off"))
     ddp_timeout: int = flag("parallelism", 1800, "seconds a collective may wait for another rank", type=int)
     hang_timeout: float = flag("parallelism", 300.0, "seconds without a sign of life until a rank is reported as hung, with stacks, and the run ends; the same for a step after the first that does not get on, but at least three times its longest phase so far; 0: off", type=float)
@@ -208,7 +208,6 @@ def _number_problems(args: TrainArgs) -> list[str]:
         "num_warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "mem_cap": 0, "num_samples": 0,
         "max_new_tokens": 1, "dataloader_num_workers": 0, "learning_rate": 0, "ddp_timeout": 1, "hang_timeout": 0, "seed": 0,
         "eval_steps": 0, "save_steps": 0, "save_total_limit": 1, "adam_epsilon": 0,
-        "max_prefetch": 0,
     }  # fmt: skip
     between = {
         "dropout": (0, 1), "warmup_ratio": (0, 1), "offload_optim_frac": (0, 1), "offload_param_frac": (0, 1),
@@ -228,6 +227,8 @@ def _number_problems(args: TrainArgs) -> list[str]:
     checkpointing = args.gradient_checkpointing
     if checkpointing not in ("auto", "on", "off") and not checkpointing.isdecimal():
         found.append(f"--gradient_checkpointing {checkpointing}: must be auto, on, off or a number of layers")
+    if args.max_prefetch != "auto" and not args.max_prefetch.isdecimal():
+        found.append(f"--max_prefetch {args.max_prefetch}: must be auto or a number of chunks")
     if (args.num_warmup_steps or args.warmup_ratio) and args.lr_scheduler_type == "constant":
         found.append("--lr_scheduler_type constant: has no warm-up; use constant_with_warmup")
     if not args.plan and (args.gpus or args.nodes != 1):
@@ -263,6 +264,10 @@ def _plugin_problems(args: TrainArgs, *, on_cpu: bool) -> list[str]:
         found.append("--placement auto: reads GPU memory statistics; use static on a CPU")
     if args.placement == "auto" and (args.offload_optim_frac or args.offload_param_frac):
         found.append("--placement auto: places states itself; leave --offload_optim_frac and --offload_param_frac away")
+    if args.placement == "auto" and args.max_prefetch not in ("auto", "0"):
+        found.append(
+            "--placement auto: fetches as much ahead as each rank has room for, not alike; leave --max_prefetch away"
+        )
     if plugin == "hybrid_parallel" and args.pp == 1 and (args.num_microbatches or args.pp_schedule != "1f1b"):
         found.append("--num_microbatches and --pp_schedule: need --pp above 1")
     if plugin == "hybrid_parallel" and args.num_model_chunks and args.pp_schedule != "interleaved":

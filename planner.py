@@ -81,7 +81,7 @@ AUTO_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", *LAYOUT_FLAGS,
 )  # fmt: skip
 # What else a plugin may have been given, and another one would refuse; `off` it would not.
-OTHER_FLAGS = ("placement", "cuda_graphs")
+OTHER_FLAGS = ("placement", "cuda_graphs", "max_prefetch")
 # Where memory ran out, advice leaves this much more of it free than a plan does.
 OOM_ROOM = 0.9
 OFFLOAD_STEPS = tuple(step / 50 for step in range(1, 51))
@@ -92,7 +92,8 @@ OFFLOAD_HANDICAP = 1.05
 # torch_ddp, and the time of small micro-batches is an estimate.
 SPLIT_HANDICAP = 1.1
 # The same for layers or depth divided among GPUs, which hangs on the links, and on a host that is quick to launch. 30b on
-# four: Gemini with 10 layers recomputed is expected to take 1.08 times as long as what was measured to be the fastest.
+# four, the only choice measured that it decides: Gemini with 10 layers recomputed, which was not, is expected to take 1.08
+# times as long as the fastest that was.
 LAYOUT_HANDICAP = 1.05
 
 
@@ -206,7 +207,7 @@ class PlanRequest:
         num_microbatches: pieces the pipeline cuts it into.
         pp_chunks: parts of the model that a stage has; 2 or more: an interleaved schedule.
         accumulation_steps: micro-batches a step.
-        max_prefetch: chunks that Gemini fetches before the layer that needs them; None: as many as it does by itself.
+        max_prefetch: chunks that Gemini fetches before the layer that needs them; None: `auto`.
         step_in_backward: whether each parameter is updated, and its gradient freed, in the backward pass.
         checkpointed_layers: layers whose activations are recomputed.
         compiled: layers, and the loss where no rank has a share of the logits.
@@ -581,10 +582,20 @@ def _gemini_states(request: PlanRequest) -> States:
 
 
 def chunks_ahead(request: PlanRequest) -> int:
-    """Return how many chunks Gemini fetches before the layer that needs them (colossal_ext/gemini_chunks.py)."""
+    """Return how many chunks Gemini fetches before the layer that needs them: the next layer's, and one more.
+
+    Where a layer has three, 6.7b takes 361.0, 342.3 and 342.7 ms a step with two, four and eight ahead, and 381.7 with
+    none, on two H200 (2026-11-29). One rank has nothing to gather.
+    """
     if request.max_prefetch is not None:
         return request.max_prefetch
     return math.ceil(request.shape.layer_params / _chunk_elements(request.shape)) + 1 if request.dp_size > 1 else 0
+
+
+def _named_prefetch(args: TrainArgs) -> int | None:
+    if args.placement == "auto":
+        return 0
+    return None if args.max_prefetch == "auto" else int(args.max_prefetch)
 
 
 def _chunk_elements(shape: ModelShape) -> int:
@@ -833,6 +844,7 @@ class Choice:
         tp, pp, pp_schedule, num_model_chunks: of hybrid_parallel; the last is 0 but for an interleaved pipeline.
         per_device_train_batch_size, gradient_accumulation_steps: with the product that was asked for.
         num_microbatches: pieces of a pipeline's micro-batch, 0 without a pipeline.
+        max_prefetch: chunks that Gemini fetches ahead, `auto` under other plugins.
         cuda_graphs: layers are replayed as such.
         graph_obstacles: what it lacks for the CUDA graphs that were asked for.
         reason: one line: what was chosen and why.
@@ -853,6 +865,7 @@ class Choice:
     gradient_accumulation_steps: int
     num_microbatches: int
     num_model_chunks: int
+    max_prefetch: str
     cuda_graphs: bool
     graph_obstacles: tuple[str, ...]
     reason: str
@@ -1049,7 +1062,7 @@ def _requests(
             accumulation_steps=args.gradient_accumulation_steps,
             offload_optim_frac=setting.offload_optim_frac,
             offload_param_frac=setting.offload_param_frac,
-            max_prefetch=args.max_prefetch,
+            max_prefetch=_named_prefetch(args),
             step_in_backward=setting.step_in_backward,
             compiled=_compiled(named, on_cpu=gpu_gib is None),
             cuda_graphs="off" if args.eval_only else args.cuda_graphs,
@@ -1229,6 +1242,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
         num_model_chunks=request.pp_chunks if request.pp_chunks > 1 else 0,
+        max_prefetch=f"{chunks_ahead(request)}" if request.plugin == "gemini" else "auto",
         cuda_graphs=replays_graphs(request),
         graph_obstacles=tuple(graph_obstacles(request)) if request.cuda_graphs == "on" else (),
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",

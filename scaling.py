@@ -279,9 +279,13 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     hidden_s = 0.0 if request.pp > 1 else min(backward_s, whole_s - last_s)
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
     weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
-    is_ahead = is_zero or (request.plugin == "gemini" and chunks_ahead(request) > 0)
-    beside_s = gathers * forward_s  # of Gemini's two gathers each has a pass of at least that length
-    return whole_s - hidden_s, weights_s - (min(beside_s, weights_s - first_s) if is_ahead else 0.0)
+    hidden_weights_s = 0.0
+    if is_zero or (request.plugin == "gemini" and chunks_ahead(request)):
+        one_s = weights_s / gathers
+        hidden_weights_s = min(forward_s, one_s - first_s)
+        if gathers == 2:
+            hidden_weights_s += min(backward_s - hidden_s, one_s)
+    return whole_s - hidden_s, weights_s - hidden_weights_s
 
 
 def _layers_s(request: PlanRequest, group: Group) -> float:

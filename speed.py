@@ -30,7 +30,8 @@ PLUGIN_SPEED = {
 OTHER_ZERO_SPEED, OTHER_ZERO_LAUNCHES = 0.8, 1.4
 # Forward and backward on several GPUs, over those on one: 1.3b, batch 8 x 1024, on four H200. torch_ddp and low_level_zero in
 # one call (2026-11-28), without the update 131.8 ms a step to 119.8 and 127.4 to 117.1; gemini so that with the update it
-# takes 1.09 times as long as low_level_zero, 6.7b and 13b, batch 4, on two in one call (2026-11-29), 1.105 and 1.083;
+# takes 1.09 times as long as low_level_zero, 6.7b and 13b, batch 4, on two in one call (2026-11-29), 1.105 and 1.083, with
+# chunks fetched ahead (1.3b waits for launches, 1.21 to 1.25 times as long, from other calls);
 # hybrid_parallel's is what tp 2 x dp 2, compiled, 181.2 ms to 131.0 on one, leaves beside its layers' exchanges and
 # MATRIX_SHARE.
 EXCHANGE_SPEED = {
@@ -49,7 +50,7 @@ NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
 # What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
 # where that is the limit, four layers a graph, means of two calls (2026-11-28, benchmarks/results/gpus.md); gemini's, with a
-# graph a layer, of one; hybrid_parallel's by its ratio to low_level_zero's in one, torch_ddp_fp16's by that to torch_ddp's the
+# graph a layer, of one, before colossal_ext/gemini_hook.py; hybrid_parallel's by its ratio to low_level_zero's in one, torch_ddp_fp16's by that to torch_ddp's the
 # day before. Up to twice as much on another host.
 LAUNCH_S = {
     "torch_ddp": 1.9e-3,

@@ -53,13 +53,11 @@ class Workload:
 
     Args:
         parameter_numels: elements of each parameter in the model's order, tied ones once.
-        layer_numel: elements of the largest decoder layer's.
         parameter_shapes: full shape by name, tied ones under each of their names.
         varying_length: batches differ in length (padded rows).
     """
 
     parameter_numels: tuple[int, ...]
-    layer_numel: int
     parameter_shapes: Mapping[str, torch.Size]
     varying_length: bool
 
@@ -68,8 +66,7 @@ def workload(model: nn.Module, *, varying_length: bool) -> Workload:
     """Return the facts of a model that is not boosted yet."""
     numels = tuple(parameter.numel() for parameter in model.parameters())
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    layer_numel = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model))
-    return Workload(numels, layer_numel, shapes, varying_length)
+    return Workload(numels, shapes, varying_length)
 
 
 class Engine:
@@ -509,20 +506,11 @@ def _gemini(args: TrainArgs, runtime: Runtime, workload: Workload) -> Any:
         enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
         # On one GPU without offload there is nothing to reduce and nowhere to move it.
         enable_async_reduce=not runtime.on_cpu and (runtime.world_size > 1 or _uses_host(args)),
-        max_prefetch=_max_prefetch(args, runtime, workload),
+        max_prefetch=int(args.max_prefetch),
         pin_memory=not runtime.on_cpu,
         **(fractions if args.placement == "static" else {}),
         **gemini_chunk_settings(workload.parameter_numels, runtime.world_size),
     )
-
-
-def _max_prefetch(args: TrainArgs, runtime: Runtime, workload: Workload) -> int:
-    """Return how many chunks Gemini fetches ahead: the flag, or a layer's; none under `auto` placement, not measured."""
-    from colossal_ext.gemini_chunks import chunks_ahead
-
-    if args.max_prefetch is not None or args.placement == "auto":
-        return args.max_prefetch or 0
-    return chunks_ahead(workload.parameter_numels, workload.layer_numel, runtime.world_size)
 
 
 def _uses_host(args: TrainArgs) -> bool:

@@ -323,6 +323,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
             "precision": choice.precision,
             "step_in_backward": "on" if choice.step_in_backward else "off",
             "zero_stage": default_stage if args.zero_stage is None else args.zero_stage,
+            "max_prefetch": choice.max_prefetch,
             "cuda_graphs": "on" if choice.cuda_graphs else "off",
         },
     )

@@ -148,7 +148,9 @@ def request_of(args: dict[str, Any], world_size: int, gpu_gib: float | None) -> 
         checkpointed_layers=int(args["gradient_checkpointing"]),
         offload_optim_frac=args["offload_optim_frac"],
         offload_param_frac=args["offload_param_frac"],
-        max_prefetch=args.get("max_prefetch", 0),  # until 2026-11-29
+        max_prefetch=int(args.get("max_prefetch", 0))
+        if args["plugin"] == "gemini"
+        else None,  # which older results lack
         compiled=args["compile"] == "on",
         cuda_graphs=args.get("cuda_graphs", "off"),  # which older results lack
         dropout=(shape.dropout if args["dropout"] is None else args["dropout"]) > 0,

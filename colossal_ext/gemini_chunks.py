@@ -90,18 +90,6 @@ def largest_regular_numel(numels: Sequence[int]) -> int:
     return int(sizes[sizes <= sizes.mean() + 3 * sizes.std()].max())
 
 
-def chunks_ahead(numels: Sequence[int], layer_numel: int, world_size: int) -> int:
-    """Return how many chunks to fetch before the layer that needs them: the next layer's, and one that it shares.
-
-    With 2, 4 and 8, where a layer has three, 6.7b takes 361.0, 342.3 and 342.7 ms a step on two H200, with none 381.7
-    (2026-11-29). A single rank has nothing to gather.
-
-    Args:
-        layer_numel: elements of the largest layer's parameters.
-    """
-    return math.ceil(layer_numel / plan_chunks(numels, world_size).chunk_numel) + 1 if world_size > 1 else 0
-
-
 def round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
 

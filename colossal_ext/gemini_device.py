@@ -27,7 +27,7 @@ class DeviceChunk(Chunk):
     Upstream also frees the gathered gradients (chunk.py:417 and :556) while the stream that reduces them still reads:
     the allocator knows of the stream that made them only, and gives the memory away at once. On an H100 and two H200
     losses were up to 25 % off, or NaN, where no clipping waited for the norm. In the same way it frees shards that the
-    reducing stream made and another one still reads: where memory is short their pages are unmapped under it.
+    reducing stream made and another one still reads; where memory is short their pages may be unmapped meanwhile.
     """
 
     cuda_shard: torch.Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from colossalai.zero.gemini.chunk.chunk import STATE_TRANS, Chunk, TensorInfo
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from colossalai.zero.gemini.gemini_hook import GeminiZeROHook, TrainingPhase
 from colossalai.zero.gemini.gemini_mgr import GeminiManager
+from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 
 from .upstream import require_mended_version
 
@@ -25,7 +27,7 @@ class Residents:
     """Those of some parameters that lie in one chunk.
 
     Args:
-        numbers: their places among the parameters, ascending.
+        numbers: their places among the parameters, ascending; of one that is there twice the first.
         infos: where in the chunk each of them lies, and its state.
     """
 
@@ -44,7 +46,7 @@ class Residents:
             for info in moved:
                 info.state = state
 
-    @property
+    @functools.cached_property
     def without_last(self) -> Residents:
         """All but the last one, whose gradient completes the chunk's."""
         return Residents(self.chunk, self.numbers[:-1], self.infos[:-1])
@@ -58,7 +60,8 @@ class LayerHook(GeminiZeROHook):
     answers in Python, too. Frozen parameters are not told apart here: Gemini never reduces a chunk that has one.
 
     It also fetches ahead in evaluation (gemini_hook.py:54), what a backward pass would want next. Those chunks are given
-    back unused, and the next step waits for them instead of fetching them: it computes with parameters without data.
+    back while they are still on their way, and the next step waits for them instead of fetching them: it computes with
+    parameters without data. And it takes the operators of an evaluation before the first step for part of that step.
     """
 
     def __init__(self, gemini_manager: Any) -> None:
@@ -79,9 +82,11 @@ class LayerHook(GeminiZeROHook):
 
     def _look_up(self, params: Sequence[torch.Tensor]) -> list[Residents]:
         numbers: dict[Chunk, list[int]] = {}
+        seen = set[int]()
         for number, parameter in enumerate(params):
-            if not is_ddp_ignored(parameter):
+            if id(parameter) not in seen and not is_ddp_ignored(parameter):
                 numbers.setdefault(self._chunk_manager.get_chunk(parameter), []).append(number)
+            seen.add(id(parameter))
         return [
             Residents(chunk, tuple(own), tuple(chunk.tensors_info[params[number]] for number in own))
             for chunk, own in numbers.items()
@@ -98,11 +103,12 @@ class LayerHook(GeminiZeROHook):
         missing = manager.wait_chunks(chunks)
         for each in residents:
             each.change_to(TensorState.COMPUTE)
+        trains = torch.is_grad_enabled() or self._training_phase is TrainingPhase.BACKWARD
         manager.sample_overall_data()
-        manager.adjust_layout(chunks, record_anyway=manager.placement_policy.max_prefetch > 0)
+        manager.adjust_layout(chunks, record_anyway=trains and manager.placement_policy.max_prefetch > 0)
         for chunk in missing:
             self._chunk_manager.access_chunk(chunk)
-        if torch.is_grad_enabled() or self._training_phase is TrainingPhase.BACKWARD:
+        if trains:
             self._fetch_ahead()
         manager.record_model_data_volume()
 
@@ -140,5 +146,6 @@ def use_layer_hook(model: GeminiDDP) -> None:
 
 
 def forget_layouts() -> None:
-    """Let go of the models that are no longer used: upstream's cache (gemini_mgr.py:133) keeps every one's chunks."""
+    """Let go of the models that are no longer used: upstream's caches keep every one's chunks."""
     GeminiManager._get_layout_info.cache_clear()
+    AutoPlacementPolicy._sort_can_evict_chunks.cache_clear()

@@ -31,6 +31,8 @@ from .upstream import require_mended_version
 def hook_layers(layers: Iterable[Any]) -> None:
     """Make each layer call Gemini's hooks for all of its parameters at once. Call it after `layer.compile()`.
 
+    With `gemini_hook.use_layer_hook`, after the model is boosted, its gradients are copied at once, too.
+
     Args:
         layers: transformers' GradientCheckpointingLayers. Those that recompute still do, but no longer by themselves:
             some releases do it around a layer's call and 5.23 inside of it, where the hooks would not run again.
@@ -71,7 +73,7 @@ def drop_gradients_directly(model: GeminiDDP) -> None:
     """
     parameters = list(model.module.parameters())
 
-    def drop(*, set_to_none: bool = True) -> None:
+    def drop(**_: Any) -> None:
         with torch._C.DisableTorchFunction():
             for parameter in parameters:
                 parameter.grad = None
@@ -155,7 +157,7 @@ class _PlainWeights(torch.autograd.Function):
 def _closing(parameters: list[nn.Parameter]) -> list[int]:
     """Return the numbers of the parameters whose gradients GeminiDDP.grad_handle has to see: the last of each chunk.
 
-    All of them with accumulation, where gradients have chunks of their own, and where nothing is hooked.
+    All of them with accumulation, where gradients have chunks of their own, and without a LayerHook.
     """
     hook = _layer_hook()
     if hook is None or not hook.overwrites_weights:
@@ -177,5 +179,5 @@ def _copy_into_chunks(parameters: list[nn.Parameter], gradients: Sequence[Tensor
 
 
 def _layer_hook() -> Any:
-    """Return the LayerHook of the model that runs, None where its hooks are off (GeminiDDP._inference_forward)."""
+    """Return the LayerHook of the model that runs, None where it has another or its hooks are off (in evaluation)."""
     return next((hook for hook in ColoParamOpHookManager.hooks if isinstance(hook, LayerHook)), None)

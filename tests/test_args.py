@@ -150,6 +150,7 @@ def test_all_problems_are_found_at_once() -> None:
         ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"gradient_checkpointing": "some"}, "--gradient_checkpointing some: must be auto, on, off or a number"),
         ({"gradient_checkpointing": "-1"}, "--gradient_checkpointing -1: must be auto, on, off or a number"),
+        ({"plugin": "gemini", "max_prefetch": "-1"}, "--max_prefetch -1: must be auto or a number of chunks"),
         ({"num_warmup_steps": 5, "warmup_ratio": 0.1}, "--num_warmup_steps and --warmup_ratio: give one"),
     ],
 )
@@ -171,6 +172,7 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(flags: dict[str, An
             "--step_in_backward on: not with --max_grad_norm",
         ),
         ({"plugin": "gemini", "offload_param_frac": 0.5}, "--offload_param_frac: needs --offload_optim_frac 1"),
+        ({"plugin": "gemini", "placement": "auto", "max_prefetch": "4"}, "--placement auto: fetches as much ahead as"),
     ],
 )
 def test_a_plugin_refuses_what_it_cannot_do(flags: dict[str, Any], problem: str) -> None:
@@ -199,6 +201,7 @@ def test_gradients_divided_between_micro_batches_cannot_wait_for_a_step_in_the_b
         ("torch_ddp", {"placement": "auto"}),
         ("torch_ddp", {"offload_optim_frac": 1.0}),
         ("auto", {"offload_optim_frac": 0.5}),
+        ("auto", {"max_prefetch": "0"}),
         ("low_level_zero", {"offload_param_frac": 1.0, "offload_optim_frac": 1.0}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -18,10 +19,11 @@ import torch
 import torch.distributed as dist
 from colossalai.tensor.colo_tensor import ColoTensor
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
-from colossalai.zero.gemini import placement_policy
+from colossalai.zero.gemini import gemini_hook, placement_policy
 from colossalai.zero.gemini.chunk import TensorState
 from colossalai.zero.gemini.chunk.chunk import Chunk, TensorInfo
 from colossalai.zero.gemini.chunk.search_utils import search_chunk_configuration
+from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -87,14 +89,6 @@ def test_layout_closes_a_chunk_that_the_next_parameter_does_not_fit() -> None:
 
 def test_a_large_parameter_gets_a_chunk_of_its_own_size() -> None:
     assert chunks.lay_out([100, 5], chunk_numel=10, world_size=1).chunk_numels == (100, 10)
-
-
-@pytest.mark.parametrize(("size", "ahead"), [("1.3b", 3), ("6.7b", 4), ("13b", 4)])
-def test_the_next_layers_chunks_are_fetched_ahead(size: str, ahead: int) -> None:
-    model = meta_model(size)
-    layer_numel = sum(parameter.numel() for parameter in model.model.decoder.layers[0].parameters())
-    assert chunks.chunks_ahead(numels_of(size), layer_numel, world_size=2) == ahead
-    assert chunks.chunks_ahead(numels_of(size), layer_numel, world_size=1) == 0
 
 
 @pytest.mark.parametrize("numels", [[5], [1, 1], [7, 100_000], [3] * 1000])
@@ -398,7 +392,9 @@ def test_with_accumulation_gemini_sees_every_gradient() -> None:
     layer = small_layer()
     hook = RecordingHook(layer, reuse_fp16_chunk=False)
     gemini_layers.hook_layers([layer])
-    torch.testing.assert_close(gradients(layer, hook), gradients(small_layer()))
+    with hook.switch_to_backward():
+        found = gradients(layer, hook)
+    torch.testing.assert_close(found, gradients(small_layer()))
     assert not any(TensorState.READY_FOR_REDUCE in chunk.states() for chunk in hook.chunks)
 
 
@@ -427,10 +423,11 @@ def test_a_set_of_parameters_is_looked_up_once_and_ignored_ones_are_left_out() -
     layer = small_layer()
     hook, parameters = RecordingHook(layer, reuse_fp16_chunk=True), list(layer.parameters())
     parameters[3]._ddp_to_ignore = True
-    found = hook.residents(parameters[2:12])
+    asked = [*parameters[2:12], parameters[2]]  # the first once more
+    found = hook.residents(asked)
     assert [each.numbers for each in found] == [(0, 2, 3, 4, 5, 6, 7), (8, 9)]
     assert [each.chunk for each in found] == hook.chunks
-    assert hook.residents(parameters[2:12]) is found
+    assert hook.residents(list(asked)) is found
 
 
 class NamedChunk:
@@ -446,7 +443,14 @@ class NotingManager:
         self.compute_list, self.compute_idx = [(chunk,) for chunk in self.chunks], -1
         self.async_works: dict[NamedChunk, str] = {}
         self.noted: list[str] = []
-        self.chunk_manager: Any = SimpleNamespace(accessed_chunks=set(), access_chunk=self.access_chunk)
+        self.recorded = 0
+        self.chunk_manager: Any = SimpleNamespace(
+            accessed_chunks=set(),
+            access_chunk=self.access_chunk,
+            get_chunks=tuple,
+            trans_tensor_state=lambda tensor, state: None,
+            _prefetch_stream=None,
+        )
         self.placement_policy = ExactStaticPlacementPolicy(self.chunk_manager, max_prefetch=max_prefetch)
 
     def access_chunk(self, chunk: NamedChunk, async_access: bool = False) -> str | None:
@@ -461,8 +465,8 @@ class NotingManager:
         return [chunk for chunk in chunks if not self.async_works.pop(chunk, None)]
 
     def adjust_layout(self, chunks: Iterable[NamedChunk], record_anyway: bool) -> None:
-        assert record_anyway is (self.placement_policy.max_prefetch > 0)  # or nothing is known to be next
         self.compute_idx += 1
+        self.recorded += record_anyway
 
     def is_warmup(self) -> bool:
         return False
@@ -482,6 +486,7 @@ def test_chunks_are_fetched_ahead_in_the_order_of_the_operators() -> None:
     expected = ["0", "1 ahead", "2 ahead", "3 ahead", "4 ahead"]
     manager = NotingManager(max_prefetch=2)
     assert manager.run(LayerHook(manager)) == expected
+    assert manager.recorded == 3  # so that a later step knows what is next
     manager = NotingManager(max_prefetch=2)
     hook = LayerHook(manager)
     with hook.switch_to_backward(), torch.no_grad():  # as autograd calls a function's backward
@@ -489,12 +494,23 @@ def test_chunks_are_fetched_ahead_in_the_order_of_the_operators() -> None:
     assert [chunk.name for chunk in manager.async_works] == ["3", "4"]
 
 
-def test_nothing_is_fetched_ahead_in_evaluation_or_without_being_asked() -> None:
+def test_nothing_is_fetched_ahead_or_recorded_in_evaluation_or_without_being_asked() -> None:
     manager = NotingManager(max_prefetch=2)
     with torch.no_grad():
         assert manager.run(LayerHook(manager)) == ["0", "1", "2"]
+    assert manager.recorded == 0
     manager = NotingManager(max_prefetch=0)
     assert manager.run(LayerHook(manager)) == ["0", "1", "2"]
+    assert manager.recorded == 0
+
+
+def test_upstream_still_fetches_ahead_and_records_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemini_hook, "get_accelerator", lambda: SimpleNamespace(stream=contextlib.nullcontext))
+    manager = NotingManager(max_prefetch=2)
+    hook = GeminiZeROHook(cast(Any, manager))
+    with torch.no_grad():
+        hook.pre_op(cast(Any, manager.chunks[:1]))
+    assert manager.noted == ["0", "1 ahead", "2 ahead"] and manager.recorded == 1, "fixed upstream: see LayerHook"
 
 
 def test_a_layer_that_fails_keeps_its_parameters() -> None:

@@ -182,6 +182,19 @@ def test_gemini_divides_everything_and_keeps_gradients_in_the_parameters_storage
     assert state_bytes("loss", plugin="gemini", world_size=4, accumulation_steps=2) == pytest.approx([0.5, 0.5, 1, 2])
 
 
+@pytest.mark.parametrize("size", ["6.7b", "13b", "30b"])
+def test_gemini_fetches_the_next_layers_three_chunks_and_one_more_ahead_of_several_ranks(size: str) -> None:
+    several = choose(size, 139.8, world_size=4, plugin="gemini", gradient_checkpointing="on")
+    assert several.max_prefetch == "4"
+    assert choose(size, 139.8, plugin="gemini", gradient_checkpointing="on").max_prefetch == "0"
+    named = choose(size, 139.8, world_size=4, plugin="gemini", gradient_checkpointing="on", max_prefetch="7")
+    assert named.max_prefetch == "7"
+    chunk = 2 * shape_of(size).layer_params / 3  # bytes
+    assert named.plan.total_bytes - several.plan.total_bytes == pytest.approx(3 * chunk, rel=0.01)
+    placed = choose(size, 139.8, world_size=4, plugin="gemini", gradient_checkpointing="on", placement="auto")
+    assert placed.max_prefetch == "0"
+
+
 def test_gemini_moves_optimizer_states_to_the_host_by_their_share() -> None:
     predicted = [plan(request_of("1.3b", "gemini", offload_optim_frac=share)) for share in (0.0, 0.5, 1.0)]
     masters = [each.device_bytes.master_weights / shape_of("1.3b").num_params for each in predicted[:2]]
@@ -258,6 +271,13 @@ def test_no_setting_is_advised_that_takes_more_than_what_ran_out() -> None:
     assert fastest.fits and fastest.step_time.total < ran.step_time.total
     assert fastest.plan.total_bytes > ran.plan.total_bytes  # 68 GiB, that one, for 59 that ran out
     assert planner.fitting_flags(args, used, *where) is None
+
+
+def test_chunks_fetched_ahead_do_not_keep_another_plugin_from_being_advised() -> None:
+    given = TrainArgs(plugin="gemini", max_prefetch="8", per_device_train_batch_size=8)
+    used = replace(given, precision="bf16", gradient_checkpointing="0")
+    flags = planner.fitting_flags(given, used, shape_of("6.7b"), 2, 79.6, 1024)
+    assert flags and flags.startswith("--plugin low_level_zero") and "--max_prefetch auto" in flags
 
 
 def test_weights_stay_where_they_are_drawn_if_there_is_room() -> None:
@@ -486,8 +506,10 @@ MEASURED_GIB = [
     ("13b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 10, "num_microbatches": 2}, 76.32),
     ("30b", "hybrid_parallel", {**THIRTY_BILLION, "pp_chunks": 4}, 130.59),
     ("6.7b", "torch_ddp", {"batch_size": 4, "world_size": 4}, 103.24),
-    ("6.7b", "gemini", {"batch_size": 4, "world_size": 4}, 37.60),
-    ("13b", "gemini", {"batch_size": 4, "world_size": 4}, 65.62),
+    ("6.7b", "gemini", {"batch_size": 4, "world_size": 4, "max_prefetch": 0}, 37.60),
+    ("13b", "gemini", {"batch_size": 4, "world_size": 4, "max_prefetch": 0}, 65.62),
+    ("6.7b", "gemini", {"batch_size": 4, "world_size": 2}, 59.77),
+    ("13b", "gemini", {"batch_size": 4, "world_size": 2}, 108.22),
     ("13b", "low_level_zero", {"batch_size": 4, "world_size": 4}, 82.85),
     ("30b", "low_level_zero", OFFLOADED_ON_FOUR, 130.95),
 ]
