@@ -1212,6 +1212,9 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"{request.offload_optim_frac:.0%} of optimizer states on the host")
     if request.offload_param_frac:
         what.append(f"{request.offload_param_frac:.0%} of parameters on the host")
+    ahead = chunks_ahead(request) if request.plugin == "gemini" else 0
+    if ahead:
+        what.append(f"{ahead} chunks fetched ahead")
     if request.step_in_backward:
         what.append("updated in the backward pass")
     if replays_graphs(request):
@@ -1242,7 +1245,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         gradient_accumulation_steps=request.accumulation_steps,
         num_microbatches=request.num_microbatches if request.pp > 1 else 0,
         num_model_chunks=request.pp_chunks if request.pp_chunks > 1 else 0,
-        max_prefetch=f"{chunks_ahead(request)}" if request.plugin == "gemini" else "auto",
+        max_prefetch=f"{ahead}" if request.plugin == "gemini" else "auto",
         cuda_graphs=replays_graphs(request),
         graph_obstacles=tuple(graph_obstacles(request)) if request.cuda_graphs == "on" else (),
         reason=f"{', '.join(what)}: {kind}; {chosen.plan.describe()}",

@@ -185,7 +185,7 @@ def test_gemini_divides_everything_and_keeps_gradients_in_the_parameters_storage
 @pytest.mark.parametrize("size", ["6.7b", "13b", "30b"])
 def test_gemini_fetches_the_next_layers_three_chunks_and_one_more_ahead_of_several_ranks(size: str) -> None:
     several = choose(size, 139.8, world_size=4, plugin="gemini", gradient_checkpointing="on")
-    assert several.max_prefetch == "4"
+    assert several.max_prefetch == "4" and "4 chunks fetched ahead" in several.reason
     assert choose(size, 139.8, plugin="gemini", gradient_checkpointing="on").max_prefetch == "0"
     named = choose(size, 139.8, world_size=4, plugin="gemini", gradient_checkpointing="on", max_prefetch="7")
     assert named.max_prefetch == "7"
