@@ -280,7 +280,7 @@ def _exchange_s(request: PlanRequest, group: Group, forward_s: float, backward_s
     gathers = {"gemini": 2, "low_level_zero": 1}.get(request.plugin, int(request.zero_stage > 0))
     weights_s = gathers * group.gather_s(num_params * item, calls=request.shape.num_layers)
     hidden_weights_s = 0.0
-    if is_zero or (request.plugin == "gemini" and chunks_ahead(request)):
+    if is_zero or chunks_ahead(request):
         one_s = weights_s / gathers
         hidden_weights_s = min(forward_s, one_s - first_s)
         if gathers == 2:

@@ -48,10 +48,10 @@ MATRIX_SHARE = {768: 0.535, 1448: 0.60, 2048: 0.70, 2896: 0.765}
 # Bus bandwidth of an all-reduce of 1 GiB over NVLink, measured, by the number of GPUs.
 NVLINK_BYTES_S = {2: 329e9, 4: 355e9, 8: 361e9}
 LATENCY_S = 20e-6  # of one collective on two GPUs; grows with the logarithm of their number. ASSUMPTION
-# What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one H200,
-# where that is the limit, four layers a graph, means of two calls (2026-11-28, benchmarks/results/gpus.md); gemini's, with a
-# graph a layer, of one, before colossal_ext/gemini_hook.py; hybrid_parallel's by its ratio to low_level_zero's in one, torch_ddp_fp16's by that to torch_ddp's the
-# day before. Up to twice as much on another host.
+# What the host takes to launch forward and backward pass and update of a compiled layer: 125m, batch 8 x 1024, on one
+# H200, where that is the limit, four layers a graph, means of two calls (2026-11-28, benchmarks/results/gpus.md);
+# gemini's, with a graph a layer, of one, before colossal_ext/gemini_hook.py; hybrid_parallel's by its ratio to
+# low_level_zero's in one, torch_ddp_fp16's by that to torch_ddp's the day before. Up to twice as much on another host.
 LAUNCH_S = {
     "torch_ddp": 1.9e-3,
     "torch_ddp_fp16": 2.4e-3,

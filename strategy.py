@@ -343,7 +343,9 @@ class Engine:
         if self.args.plugin == "low_level_zero" and self.optimizer is not None:
             self.optimizer.close()
         if self.args.plugin == "gemini":
-            _forget_layouts()
+            from colossal_ext.gemini_hook import forget_layouts
+
+            forget_layouts()
         self.model = self.optimizer = self.scheduler = self.plugin = None
         del self.booster
         gc.collect()
@@ -399,12 +401,6 @@ def _spare_the_host(model: Any, optimizer: Any, *, waits: bool) -> None:
         model.async_reduce_stream = StreamOrder(model.async_reduce_stream)
     if optimizer is not None:
         clip_on_device(optimizer)
-
-
-def _forget_layouts() -> None:
-    from colossal_ext.gemini_hook import forget_layouts
-
-    forget_layouts()
 
 
 def _once(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

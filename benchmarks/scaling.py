@@ -133,6 +133,8 @@ def request_of(args: dict[str, Any], world_size: int, gpu_gib: float | None) -> 
     shape = OPT_SHAPES[args["model_name_or_path"]]
     # Where a result holds none, the most were taken (until 2026-11-27).
     microbatches = args["num_microbatches"] or microbatch_numbers(rows, pp)[-1]
+    # Gemini's results without it fetched nothing ahead (until 2026-11-28).
+    max_prefetch = int(args.get("max_prefetch", 0)) if args["plugin"] == "gemini" else None
     return planner.PlanRequest(
         shape=planner.model_shape(shape),
         plugin=args["plugin"],
@@ -148,9 +150,7 @@ def request_of(args: dict[str, Any], world_size: int, gpu_gib: float | None) -> 
         checkpointed_layers=int(args["gradient_checkpointing"]),
         offload_optim_frac=args["offload_optim_frac"],
         offload_param_frac=args["offload_param_frac"],
-        max_prefetch=int(args.get("max_prefetch", 0))
-        if args["plugin"] == "gemini"
-        else None,  # which older results lack
+        max_prefetch=max_prefetch,
         compiled=args["compile"] == "on",
         cuda_graphs=args.get("cuda_graphs", "off"),  # which older results lack
         dropout=(shape.dropout if args["dropout"] is None else args["dropout"]) > 0,

@@ -191,14 +191,19 @@ def test_a_chunk_takes_pinned_memory_when_it_leaves_the_gpu_and_comes_back_uncha
     assert torch.equal(chunk.payload[:1000], weights)
 
 
-@pytest.mark.gpu
-def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_nccl_rank: None) -> None:
-    stream, numel = torch.cuda.Stream(), 2**24
+def gathered_ones(numel: int) -> DeviceChunk:
     chunk = DeviceChunk(numel, dist.group.WORLD, torch.float32)
     chunk.append_tensor(torch.ones(numel, device="cuda"))
     chunk.close_chunk()
     chunk.access_chunk()
     torch.cuda.synchronize()
+    return chunk
+
+
+@pytest.mark.gpu
+def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_nccl_rank: None) -> None:
+    stream, numel = torch.cuda.Stream(), 2**24
+    chunk = gathered_ones(numel)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)  # a reduction that is late: the next tensor of this size is made before it reads
         chunk.reduce()
@@ -211,11 +216,7 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
 @pytest.mark.parametrize("async_access", [False, True])
 def test_a_shard_is_not_overwritten_while_another_stream_gathers_it(one_nccl_rank: None, async_access: bool) -> None:
     stream, numel = torch.cuda.Stream(), 2**24
-    chunk = DeviceChunk(numel, dist.group.WORLD, torch.float32)
-    chunk.append_tensor(torch.ones(numel, device="cuda"))
-    chunk.close_chunk()
-    chunk.access_chunk()
-    torch.cuda.synchronize()
+    chunk = gathered_ones(numel)
     with torch.cuda.stream(stream):
         chunk.reduce()  # makes the shard
     torch.cuda.synchronize()
