@@ -208,7 +208,8 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
         torch.cuda._sleep(10**8)  # a reduction that is late: the next tensor of this size is made before it reads
         chunk.reduce()
     torch.empty(numel, device="cuda").zero_()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
+    assert not stream.query(), "one stream waited for the other, so that nothing was tested"
     assert chunk.payload.sum().item() == numel
 
 
@@ -225,7 +226,8 @@ def test_a_shard_is_not_overwritten_while_another_stream_gathers_it(one_nccl_ran
         work.wait()
     with torch.cuda.stream(stream):
         torch.empty(numel, device="cuda").zero_()
-    torch.cuda.synchronize()
+    stream.synchronize()
+    assert not torch.cuda.current_stream().query(), "one stream waited for the other, so that nothing was tested"
     assert chunk.payload.sum().item() == numel
 
 

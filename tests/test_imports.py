@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ ALLOWED = {
     "placement": set(),
     "scaling": {"planner", "report", "speed"},
 }
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 LOW = ("planner", "strategy", "model", "data", "checkpoint")
 TORCH_FREE = (
     "args",
@@ -93,9 +95,10 @@ def test_a_module_starts_without_heavy_packages(name: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def run_program(program: str) -> str:
+def run_program(program: str, environment: dict[str, str] | None = None) -> str:
     command = [sys.executable, "-W", "ignore", "-c", program]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def test_our_extension_imports_colossalai_without_what_nobody_here_uses() -> None:
@@ -123,3 +126,15 @@ import colossalai.quantization.fp8
 print("torch._inductor.compile_fx" in sys.modules)
 """
     assert run_program(program).split() == ["galore_torch", "True"]
+
+
+@pytest.mark.parametrize("before", [None, "32"])
+def test_importing_our_extension_leaves_the_queues_of_gpus_as_they_were(before: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != QUEUES}
+    program = f"import os, colossal_ext; print(os.environ.get({QUEUES!r}))"
+    assert run_program(program, environment | ({QUEUES: before} if before else {})) == str(before)
+
+
+def test_upstream_still_puts_all_streams_of_a_gpu_in_one_queue() -> None:
+    """Where it no longer does, `_unchanged` in colossal_ext/lean_import.py can go."""
+    assert run_program(f"import os, colossalai; print(os.environ[{QUEUES!r}])") == "1"
