@@ -47,18 +47,18 @@ class DeviceChunk(Chunk):
         if device.type == "cpu" and self.pin_memory and self.cpu_shard is None and self.cuda_shard is not None:
             self.cpu_shard = pinned_empty(self.shard_size, self.dtype)
             self.cpu_vis_flag = False
-        _outlives_current_stream(self.cuda_shard)
+        _keep_for_current_stream(self.cuda_shard)
         super().shard_move(device, force_copy, non_blocking)
 
     def access_chunk(self, async_access: bool = False) -> dist.Work | None:
         """Gather the chunk, and free the shard once the current stream has read it or waited for NCCL, which has."""
-        _outlives_current_stream(self.cuda_shard)
+        _keep_for_current_stream(self.cuda_shard)
         return super().access_chunk(async_access)
 
     def init_grad_chunk(self) -> Chunk:
         """Return this chunk's gradient chunk, which has no host shard yet."""
         if self.grad_chunk is not None:
-            _outlives_current_stream(self.grad_chunk.cuda_shard)
+            _keep_for_current_stream(self.grad_chunk.cuda_shard)
         pin_memory, self.pin_memory = self.pin_memory, False
         grad_chunk = super().init_grad_chunk()
         grad_chunk.pin_memory = self.pin_memory = pin_memory
@@ -66,7 +66,7 @@ class DeviceChunk(Chunk):
 
     def release_chunk(self) -> None:
         """Free the gathered chunk once the current stream has read it."""
-        _outlives_current_stream(self.cuda_global_chunk)
+        _keep_for_current_stream(self.cuda_global_chunk)
         super().release_chunk()
 
     def reduce(self, async_op: bool = False) -> None:
@@ -75,7 +75,7 @@ class DeviceChunk(Chunk):
         Args:
             async_op: not looked at: NCCL would read on a stream of its own, which nothing here knows.
         """
-        _outlives_current_stream(self.cuda_global_chunk)
+        _keep_for_current_stream(self.cuda_global_chunk)
         super().reduce()
 
     @property
@@ -89,7 +89,7 @@ class DeviceChunk(Chunk):
         self.l2_norm = torch.linalg.vector_norm(self.payload[:numel], dtype=torch.float32).square()
 
 
-def _outlives_current_stream(tensor: torch.Tensor | None) -> None:
+def _keep_for_current_stream(tensor: torch.Tensor | None) -> None:
     """Once the tensor is freed, give its memory away only when the current stream has done what it has by then."""
     if tensor is not None:
         tensor.record_stream(torch.cuda.current_stream())

@@ -210,6 +210,7 @@ def test_gradients_are_not_overwritten_while_another_stream_reduces_them(one_ncc
     torch.empty(numel, device="cuda").zero_()
     torch.cuda.current_stream().synchronize()
     assert not stream.query(), "one stream waited for the other, so that nothing was tested"
+    stream.synchronize()
     assert chunk.payload.sum().item() == numel
 
 
