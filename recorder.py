@@ -18,9 +18,10 @@ import report
 import tracking
 from args import TrainArgs
 from checkpoint import Found
+from chooser import Choice
 from data import PreparedData, TokenRows
 from model import ModelSource
-from planner import Choice, ModelShape
+from planner import ModelShape
 from runtime import Runtime, log, process_age_s, writing
 from trainer import Evaluation, StepResult
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from args import ConfigError, TrainArgs, parse_args, problems
 
 if TYPE_CHECKING:
+    from chooser import Choice
     from model import ModelSource
-    from planner import Choice, ModelShape
+    from planner import ModelShape
     from recorder import Job, Recorder
     from runtime import Runtime, StopSignal
     from strategy import Engine
@@ -61,6 +62,7 @@ def parsed() -> TrainArgs:
 
 def print_plan(args: TrainArgs) -> int:
     """Print what every plugin would take for this command, without torch and without touching a GPU; return 0 or 2."""
+    import chooser
     import hardware
     import planner
     import scaling
@@ -81,14 +83,14 @@ def print_plan(args: TrainArgs) -> int:
         # Of a machine that is not this one nothing is known.
         host_gib = None if args.gpus else hardware.host_memory_gib()
         where = (args, shape, world_size, gpu_gib, host_gib)
-        choice = planner.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
+        choice = chooser.resolve_auto(*where, processes_per_host=gpus, dropout=dropout)
         if found := graph_problems(choice):
             raise ConfigError(*found)
     except ConfigError as error:
         print(error.lines, file=sys.stderr)
         return 2
-    others = planner.alternatives(*where, choice=choice, dropout=dropout) if args.nodes == 1 else []
-    print(planner.table(choice, others))
+    others = chooser.alternatives(*where, choice=choice, dropout=dropout) if args.nodes == 1 else []
+    print(chooser.table(choice, others))
     if gpu_gib and world_size > 1:
         job = scaling.Job(
             shape, args.per_device_train_batch_size, min(args.block_size, shape.max_positions), gpu_gib, dropout
@@ -294,18 +296,19 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: ModelShape) -> tuple[Choice, TrainArgs]:
-    """Return the planner's choice, and the settings with nothing left to choose.
+    """Return what `auto` became, and the settings with nothing left to choose.
 
     Raises:
         ConfigError: ranks could not share the model so, with every reason.
     """
+    import chooser
     import hardware
     import model
     import planner
     import strategy
 
     args = replace(args, compile=strategy.resolve_compile(args, on_cpu=process.on_cpu))
-    choice = planner.resolve_auto(
+    choice = chooser.resolve_auto(
         args,
         shape,
         world_size=process.world_size,
@@ -318,7 +321,7 @@ def resolve(args: TrainArgs, process: Runtime, source: ModelSource, shape: Model
     default_stage = {"low_level_zero": 1, "hybrid_parallel": 0}.get(choice.plugin)
     args = replace(
         args,
-        **planner.chosen_flags(choice)
+        **chooser.chosen_flags(choice)
         | {
             "precision": choice.precision,
             "step_in_backward": "on" if choice.step_in_backward else "off",
@@ -348,7 +351,7 @@ def require_same_choice(args: TrainArgs, process: Runtime) -> None:
     """
     import torch.distributed as dist
 
-    from planner import AUTO_FLAGS
+    from chooser import AUTO_FLAGS
     from runtime import RankFailure
 
     flags = (*AUTO_FLAGS, "precision", "compile", "cuda_graphs")
@@ -434,11 +437,11 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
 
 def out_of_memory_advice(asked: TrainArgs, job: Job) -> list[str]:
     """Return the flags to try next, in order: first, if there are any, those of the fastest setting predicted to fit."""
+    import adviser
     import hardware
-    import planner
 
     process = job.process
-    fitting = planner.fitting_flags(
+    fitting = adviser.fitting_flags(
         asked,
         job.args,
         job.shape,
@@ -449,7 +452,7 @@ def out_of_memory_advice(asked: TrainArgs, job: Job) -> list[str]:
         has_bf16=process.has_bf16,
         dropout=getattr(job.source.config, "dropout", 0.0) > 0,
     )
-    others = planner.oom_advice(
+    others = adviser.oom_advice(
         asked, job.args, num_layers=job.shape.num_layers, world_size=process.world_size, on_cpu=process.on_cpu
     )
     return [fitting, *(line for line in others if line != fitting)] if fitting else others

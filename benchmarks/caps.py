@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import chooser
 import hardware
 import planner
 from args import TrainArgs, parse_args
@@ -84,19 +85,19 @@ class Machine:
         there_gib = hardware.host_memory_gib()
         return cls(sizes[0] if sizes else None, min(there_gib, host_gib or there_gib))
 
-    def choose(self, args: TrainArgs) -> planner.Choice:
-        """Return the planner's choice for one rank."""
+    def choose(self, args: TrainArgs) -> chooser.Choice:
+        """Return what `auto` takes on one rank."""
         assert args.model_size, "a size of the OPT table"
         shape = OPT_SHAPES[args.model_size]
         where = (planner.model_shape(shape), 1, self.gpu_gib, self.host_gib)
-        return planner.resolve_auto(args, *where, dropout=shape.dropout > 0)
+        return chooser.resolve_auto(args, *where, dropout=shape.dropout > 0)
 
-    def fixed(self, args: TrainArgs, choice: planner.Choice) -> list[Contestant]:
+    def fixed(self, args: TrainArgs, choice: chooser.Choice) -> list[Contestant]:
         """Return the fastest expected fixed setting of each plugin that is predicted to fit, fastest first."""
         assert args.model_size, "a size of the OPT table"
         shape = OPT_SHAPES[args.model_size]
         where = (planner.model_shape(shape), 1, self.gpu_gib, self.host_gib)
-        others = planner.alternatives(args, *where, choice=choice, dropout=shape.dropout > 0)
+        others = chooser.alternatives(args, *where, choice=choice, dropout=shape.dropout > 0)
         fitting = sorted((other for other in others if other.plan.fits), key=lambda other: -other.relative_speed)
         best: dict[str, Contestant] = {}
         for other in fitting:

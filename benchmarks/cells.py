@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import chooser
 import hardware
 import planner
 from args import PLUGINS, ConfigError, TrainArgs, parse_args, problems
@@ -199,7 +200,7 @@ def forecast(cell: Cell, settings: Settings, gpus: Sequence[hardware.Gpu]) -> Fo
     if args.model_size is None:
         return Forecast(None)
     shape = OPT_SHAPES[args.model_size]
-    choice = planner.resolve_auto(
+    choice = chooser.resolve_auto(
         args,
         planner.model_shape(shape),
         world_size=cell.num_gpus,

@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import chooser  # noqa: E402
 import hardware  # noqa: E402
 import planner  # noqa: E402
 from args import TrainArgs, parse_args  # noqa: E402
@@ -166,7 +167,7 @@ def predicted(result: dict[str, Any]) -> planner.Plan:
 def plan_of(args: TrainArgs, size: str, gpu_gib: float | None, world_size: int = 1) -> planner.Plan:
     """Return the plan of a run with nothing to choose."""
     shape = OPT_SHAPES[size]
-    found = planner.resolve_auto(
+    found = chooser.resolve_auto(
         args, planner.model_shape(shape), world_size, gpu_gib, host_gib=None, dropout=shape.dropout > 0
     )
     return found.plan

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from adviser import fitting_flags
 from args import TrainArgs, parse_args, problems
 from benchmarks import advice
+from chooser import resolve_auto
 from conftest import ROOT
 from opt_sizes import OPT_SHAPES
-from planner import fitting_flags, model_shape, resolve_auto
+from planner import model_shape
 
 SMALL = "--model_name_or_path tiny --block_size 32 --per_device_train_batch_size 8 --gradient_checkpointing on"
 

@@ -14,21 +14,14 @@ import colossal_ext  # noqa: F401  # before ColossalAI, which it imports the lea
 import pytest
 import torch
 
+from adviser import fitting_flags, oom_advice
 from args import ConfigError, TrainArgs, parse_args, problems
+from chooser import resolve_auto
 from colossal_ext import layer_groups
 from conftest import Run
 from model import ModelSource, opt_config
 from opt_sizes import OPT_SHAPES
-from planner import (
-    PlanRequest,
-    fitting_flags,
-    graph_obstacles,
-    model_shape,
-    oom_advice,
-    replays_graphs,
-    resolve_auto,
-    work,
-)
+from planner import PlanRequest, graph_obstacles, model_shape, replays_graphs, work
 from runtime import Runtime
 from speed import step_time
 from train_clm import print_plan, resolve

@@ -23,17 +23,21 @@ ALLOWED = {
     "hardware": set(),
     "speed": {"report"},
     "planner": {"args", "opt_sizes", "speed"},
+    "chooser": {"args", "planner", "speed"},
+    "adviser": {"args", "chooser", "planner"},
     "placement": set(),
     "scaling": {"planner", "report", "speed"},
 }
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
-LOW = ("planner", "strategy", "model", "data", "checkpoint")
+LOW = ("planner", "chooser", "adviser", "strategy", "model", "data", "checkpoint")
 TORCH_FREE = (
     "args",
     "opt_sizes",
     "report",
     "speed",
     "planner",
+    "chooser",
+    "adviser",
     "hardware",
     "placement",
     "scaling",
