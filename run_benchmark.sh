@@ -33,9 +33,9 @@ Lists; every combination is a cell:
   OUT=outputs/benchmark   folder of the results
   DRY_RUN=1               print the commands and stop, after the set-up
 
-Time: the default is 15 cells on one GPU and 30 on four or more, each at most CELL_TIMEOUT; allow two minutes a cell,
-most of it start and compilation: half an hour, an hour. Without a GPU the defaults shrink to six cells of `tiny` on
-one process: about a minute on two idle cores.
+Time: the default is 15 cells on one GPU, ten minutes on an H200, and 30 on four or more, each at most CELL_TIMEOUT; most
+of it is start and compilation. Without a GPU the defaults shrink to six cells of `tiny` on one process: about a minute
+on two idle cores.
 
 Each cell is a run of run_clm_synthetic.sh of its own and a row of the table however it ends: ok, oom, timeout, error,
 nan, or skipped (refused by the planner or as an impossible combination), with the reason. Ctrl-C keeps what is done;

@@ -35,7 +35,8 @@ Environment:
   TORCHRUN          another torchrun command, in an environment of its own: no .venv is made
   DRY_RUN=1         print the command and stop
 
-Exit code: 0 done, 2 bad arguments, 3 out of memory, 4 loss not finite, 130 / 143 interrupted after a checkpoint.
+Exit code: 0 done, 1 a failure, 2 bad arguments, 3 out of memory, 4 loss not finite, 130 / 143 / 138 interrupted by Ctrl-C,
+SIGTERM, SIGUSR1 after a checkpoint.
 USAGE
 }
 
