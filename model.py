@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    PretrainedConfig,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from args import ConfigError, TrainArgs
@@ -52,18 +60,28 @@ def opt_config(shape: OPTShape) -> OPTConfig:
 
 
 def shape_of(source: ModelSource) -> ModelShape:
-    """Return the numbers that the planner and the FLOP count need, of OPT or any decoder with the usual names."""
+    """Return the numbers that the planner and the FLOP count need, of OPT or any decoder with the usual names.
+
+    Raises:
+        ConfigError: it is no causal language model of text.
+    """
     config = source.config
+    lost = [name for name in ("num_hidden_layers", "hidden_size", "vocab_size") if not hasattr(config, name)]
+    if lost or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"--model_name_or_path {source.name}: {config.model_type} is no causal language model of text"
+            + (f"; its config has no {lost[0]}" if lost else "")
+        )
     embed_dim = getattr(config, "word_embed_proj_dim", config.hidden_size)
     shape = OPTShape(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
+        num_heads=getattr(config, "num_attention_heads", 1),  # Mamba has none
         learning_rate=math.nan,
         word_embed_proj_dim=None if embed_dim == config.hidden_size else embed_dim,
         pre_norm=getattr(config, "do_layer_norm_before", True),
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_max_positions(config),
     )
     with torch.device("meta"):
         num_params = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -71,6 +89,12 @@ def shape_of(source: ModelSource) -> ModelShape:
     if config.model_type != "opt":
         return replace(found, num_heads=0)
     return replace(found, num_heads=config.num_attention_heads, ffn_width=config.ffn_dim, layerdrop=config.layerdrop)
+
+
+def _max_positions(config: PretrainedConfig) -> int:
+    # MPT's are max_seq_len; nothing in BLOOM and Mamba limits how long a row is.
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return found or sys.maxsize
 
 
 def find_model(args: TrainArgs) -> ModelSource:
@@ -121,6 +145,10 @@ def _trainable(config: PretrainedConfig, args: TrainArgs) -> PretrainedConfig:
     # A cache built in every training forward costs memory and makes torch.compile retrace each layer.
     config.use_cache = False
     if args.dropout is not None:
+        if not hasattr(config, "dropout"):
+            raise ConfigError(
+                f"--dropout {args.dropout:g}: {config.model_type}'s config has no dropout of that name; edit it"
+            )
         config.dropout = args.dropout
     return config
 
@@ -186,12 +214,11 @@ def build_model(
 def _random_weights(
     config: PretrainedConfig, device: torch.device, place: Callable[[nn.Module], Any] | None
 ) -> nn.Module:
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Buffers, such as rotary frequencies, are computed by the constructor, which meta tensors skip.
     if device.type == "cpu" or any(True for _ in model.buffers()):
-        return AutoModelForCausalLM.from_config(config, **options)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return draw_weights(model, device, place)
 
 
@@ -215,7 +242,6 @@ def _load_weights(source: ModelSource) -> nn.Module:
         source.weights,
         config=source.config,
         dtype=torch.float32,
-        attn_implementation="sdpa",
         output_loading_info=True,
     )
     lost = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})

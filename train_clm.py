@@ -225,7 +225,7 @@ def find_everything(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
         args,
         tokenizer=tokenizer,
         vocab_size=source.config.vocab_size,
-        max_positions=source.config.max_position_embeddings,
+        max_positions=shape.max_positions,
         global_batch_size=args.global_batch_size(process.world_size),
     )
     return recorder.Job(args, process, source, shape, rows, choice, resume), tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,12 @@ SHORT = (
     "--dataset synthetic --block_size 32 --per_device_train_batch_size 2 --max_train_steps 3 --logging_steps 1 "
     "--no-save_final --save_strategy no"
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that need none: what they count is a CPU's ranks, threads and bytes."""
+    if "gpu" not in re.sub(r"not (multi_)?gpu", "", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
