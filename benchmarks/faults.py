@@ -1,6 +1,6 @@
 """Break real runs of `tiny` on two processes in every way we could think of, and write the table of what was lost.
 
-    python -m benchmarks.faults                    # every fault, 20 of them a SIGKILL: about 10 minutes on two cores
+    python -m benchmarks.faults                    # every fault, 20 of them a SIGKILL: 18 to 31 minutes on two cores
     python -m benchmarks.faults --only sigkill     # the faults whose name contains a word
     python -m benchmarks.faults --ranks 4 --times 1  # on a machine with GPUs: on four of them, each fault once
 
