@@ -473,8 +473,14 @@ def ddp_gradient_bytes(request: PlanRequest) -> int:
 
 
 def _undivided_weights(request: PlanRequest) -> int:
-    """Return the 16-bit weights of the whole model that a rank of HybridParallel draws before it drops what is not its own."""
-    return 2 * request.shape.num_params if _weights_place(request) == "cast" else 0
+    """Return the weights that a rank of HybridParallel has on its GPU before it drops what is not its own.
+
+    Where the whole model is there in fp32 it waits until its master weights are made (colossal_ext/unrounded.py).
+    """
+    place, item = _weights_place(request), request.item_bytes
+    if place == "device" and item == 2:
+        return item * stage_params(request) + 4 * request.shape.num_params
+    return item * request.shape.num_params if place == "cast" else 0
 
 
 def _zero_states(request: PlanRequest) -> States:
@@ -793,6 +799,8 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
         return request.processes_per_host * (process + tensors)
     weights = 4 * request.shape.num_params
     loading = HOST_YOUNG_PROCESS_BYTES + (weights if _weights_place(request) == "host" else 0)
+    if request.plugin == "gemini":  # a third of what is there later: master weights, made while the model waits
+        loading += offloaded // 3
     return request.processes_per_host * max(HOST_CUDA_PROCESS_BYTES + offloaded, loading)
 
 

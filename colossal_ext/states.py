@@ -103,11 +103,12 @@ def load_states(
 
     Args:
         read: returns the full fp32 tensor of (name, kind).
-        adam_step: updates that the moments have seen; 0: there are none yet.
+        adam_step: updates that the moments have seen; 0: there are none yet, and they are not read.
     """
+    kinds = ("weight", *MOMENTS) if adam_step else ("weight",)
     working = dict(model.unwrap().named_parameters())
     for piece in _pieces(model, optimizer):
-        full = {kind: _tp_slice(read(piece.name, kind), piece.shape, layout) for kind in ("weight", *MOMENTS)}
+        full = {kind: _tp_slice(read(piece.name, kind), piece.shape, layout) for kind in kinds}
         if not isinstance(optimizer, GeminiOptimizer):  # there they follow from the fp32 chunks
             working[piece.name].data.copy_(full["weight"])
         if piece.weight is None:
