@@ -473,14 +473,8 @@ def ddp_gradient_bytes(request: PlanRequest) -> int:
 
 
 def _undivided_weights(request: PlanRequest) -> int:
-    """Return the weights that a rank of HybridParallel has on its GPU before it drops what is not its own.
-
-    Where the whole model is there in fp32 it waits until its master weights are made (colossal_ext/unrounded.py).
-    """
-    place, item = _weights_place(request), request.item_bytes
-    if place == "device" and item == 2:
-        return item * stage_params(request) + 4 * request.shape.num_params
-    return item * request.shape.num_params if place == "cast" else 0
+    """Return the 16-bit weights of the whole model that a rank of HybridParallel draws before it drops what is not its own."""
+    return 2 * request.shape.num_params if _weights_place(request) == "cast" else 0
 
 
 def _zero_states(request: PlanRequest) -> States:
@@ -797,10 +791,13 @@ def _host_bytes(request: PlanRequest, device: DeviceBytes) -> int:
         tensors = offloaded + device.total + _heap_bytes(request, device)
         process = HOST_PROCESS_BYTES + (CUDA_BUILD_BYTES if _torch_is_for_gpus() else 0)
         return request.processes_per_host * (process + tensors)
+    # Weights in fp32 wait until their masters are made (colossal_ext/unrounded.py), meanwhile HybridParallel casts its own, and
+    # those that Gemini keeps there, a third of its states, are made.
     weights = 4 * request.shape.num_params
-    loading = HOST_YOUNG_PROCESS_BYTES + (weights if _weights_place(request) == "host" else 0)
-    if request.plugin == "gemini":  # a third of what is there later: master weights, made while the model waits
-        loading += offloaded // 3
+    if request.plugin == "hybrid_parallel" and request.item_bytes == 2:
+        weights = max(weights, (4 + 2) * stage_params(request))
+    masters = offloaded // 3 if request.plugin == "gemini" else 0
+    loading = HOST_YOUNG_PROCESS_BYTES + masters + (weights if _weights_place(request) == "host" else 0)
     return request.processes_per_host * max(HOST_CUDA_PROCESS_BYTES + offloaded, loading)
 
 

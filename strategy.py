@@ -105,13 +105,15 @@ class Engine:
             )
         if self.args.plugin == "gemini":
             _hook_layers(model)
-        weights = fp32_weights(model) if optimizer and self._rounds_masters else {}
+        weights = fp32_weights(model) if self.args.plugin == "gemini" else {}
         with unrounded_frequencies(model):
             boosted = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
         self.model, self.optimizer, _, _, self.scheduler = boosted
+        if self.args.plugin == "hybrid_parallel":
+            weights = self.plugin.custom_policy.take_fp32_weights()
         if self.args.plugin == "gemini":
             _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
-        if weights:
+        if weights and optimizer and self.args.precision != "fp32":
             self.load_states(lambda name, kind: weights[name], adam_step=0)
         if self.defers_updates:
             self.optimizer.defer_updates(model, groups)
@@ -123,10 +125,6 @@ class Engine:
         # A layer that layerdrop leaves out would be computed by the first of its group. A stage has groups of its own.
         in_turn = model.config.model_type == "opt" and not model.config.layerdrop and not self.is_pipeline
         return list(in_groups(decoder_layers(model), _layers_per_graph(self.args, self.workload) if in_turn else 1))
-
-    @property
-    def _rounds_masters(self) -> bool:
-        return self.args.plugin in ("gemini", "hybrid_parallel") and self.args.precision != "fp32"
 
     @property
     def _has_16_bit_gradients(self) -> bool:

@@ -26,6 +26,7 @@ from .parallel_linear import (
     RowParallelLinear,
     copied_to_ranks,
 )
+from .unrounded import fp32_weights
 from .vocab_parallel import vocab_parallel_nll_sum
 
 StageIndex = tuple[int, int]
@@ -78,6 +79,7 @@ class OPTCausalLMPolicy(Policy):
     def __init__(self, layers_per_graph: int = 1) -> None:
         super().__init__()
         self.layers_per_graph = layers_per_graph
+        self._fp32_weights: dict[str, Tensor] = {}
 
     @property
     def config(self) -> OPTConfig:
@@ -160,7 +162,13 @@ class OPTCausalLMPolicy(Policy):
                 self.model.lm_head.weight = self.model.model.decoder.embed_tokens.weight
             if self.shard_config.parallel_output:
                 self.model.loss_function = partial(_sharded_loss, self.shard_config.tensor_parallel_process_group)
+        self._fp32_weights = fp32_weights(self.model)
         return self.model
+
+    def take_fp32_weights(self) -> dict[str, Tensor]:
+        """Return, once, what this rank holds of the weights, as they were before the plugin cast them; by name."""
+        weights, self._fp32_weights = self._fp32_weights, {}
+        return weights
 
     def _stage_index(self) -> Any:
         """Return this rank's range of layers: (first, end), with interleaving a list of them."""

@@ -503,3 +503,16 @@ def test_layouts_divide_gpus_heads_and_layers_and_keep_tp_inside_a_machine() -> 
     assert found[0] == (1, 1) and set(found) == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)}
     assert all(tp <= 2 for tp, _ in planner.layouts(shape_of("125m"), 16, gpus=2))
     assert list(planner.layouts(replace(shape_of("125m"), num_heads=0), 16, gpus=8)) == [(1, 1)]
+
+
+def test_weights_wait_in_fp32_on_the_host_until_their_masters_are_made() -> None:
+    def host(plugin: str, **changes: Any) -> float:
+        predicted = plan(request_of("6.7b", plugin, gpu_gib=139, **changes))
+        return (predicted.host_bytes / changes.get("processes_per_host", 1) - 1.2 * GIB) / shape_of("6.7b").num_params
+
+    assert host("hybrid_parallel", precision="fp32") == pytest.approx(4, rel=0.01)
+    assert host("hybrid_parallel") == pytest.approx(4 + 2, rel=0.01)  # and cast
+    divided = {"world_size": 4, "processes_per_host": 4, "tp": 2, "pp": 2, "num_microbatches": 4}
+    assert host("hybrid_parallel", **divided) == pytest.approx(4, rel=0.01)  # what is not its own is gone by then
+    few, many = (host("gemini", offload_optim_frac=share) for share in (0.2, 0.4))
+    assert 4 < few < many < 12 * 0.5
