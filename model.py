@@ -147,7 +147,7 @@ def _trainable(config: PretrainedConfig, args: TrainArgs) -> PretrainedConfig:
     if args.dropout is not None:
         if not hasattr(config, "dropout"):
             raise ConfigError(
-                f"--dropout {args.dropout:g}: {config.model_type}'s config has no dropout of that name; edit it"
+                f"--dropout {args.dropout:g}: {config.model_type}'s config has no dropout of that name; set its own in config.json"
             )
         config.dropout = args.dropout
     return config

@@ -91,8 +91,19 @@ class Engine:
         self.optimizer: Any = None
         self.scheduler: Any = None
 
-    def boost(self, model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
-        """Hand model, optimizer and schedule to the plugin, which shards them."""
+    def boost(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | None,
+        *,
+        resumes: bool = False,
+    ) -> None:
+        """Hand model, optimizer and schedule to the plugin, which shards them.
+
+        Args:
+            resumes: all weights come from a checkpoint, next.
+        """
         from colossal_ext.unrounded import fp32_weights, unrounded_frequencies
 
         groups = self._layer_groups(model)
@@ -103,17 +114,18 @@ class Engine:
                 gradient_dtype=torch.bfloat16 if self._has_16_bit_gradients else None,
                 cuda_graphs=self.args.cuda_graphs == "on",
             )
+        weights: dict[str, Tensor] = {}  # that the plugin rounds before it makes master weights of them
         if self.args.plugin == "gemini":
             _hook_layers(model)
-        weights = fp32_weights(model) if self.args.plugin == "gemini" else {}
+            weights = fp32_weights(model)
         with unrounded_frequencies(model):
             boosted = self.booster.boost(model, optimizer, lr_scheduler=scheduler)
         self.model, self.optimizer, _, _, self.scheduler = boosted
-        if self.args.plugin == "hybrid_parallel":
-            weights = self.plugin.custom_policy.take_fp32_weights()
         if self.args.plugin == "gemini":
             _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
-        if weights and optimizer and self.args.precision != "fp32":
+        elif self.args.plugin == "hybrid_parallel":
+            weights = self.plugin.custom_policy.take_fp32_weights()
+        if weights and optimizer and not resumes and self.args.precision != "fp32":
             self.load_states(lambda name, kind: weights[name], adam_step=0)
         if self.defers_updates:
             self.optimizer.defer_updates(model, groups)

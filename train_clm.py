@@ -504,7 +504,8 @@ def train(
     optimizer = strategy.make_optimizer(
         model.parameter_groups(module, args.weight_decay), args, model.learning_rate(args, job.source)
     )
-    engine.boost(module, optimizer, strategy.make_scheduler(optimizer, args, schedule.num_steps))
+    scheduler = strategy.make_scheduler(optimizer, args, schedule.num_steps)
+    engine.boost(module, optimizer, scheduler, resumes=job.resume is not None)
     engine.seed_dropout(args.seed)
     progress = checkpoint.load(engine, job.resume) if job.resume else checkpoint.Progress()
     hooks = trainer.Hooks(

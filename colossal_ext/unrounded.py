@@ -3,11 +3,11 @@
 Mends `module = module.to(self.mixed_precision)` in `HybridParallelModule.__init__` (booster/plugin/hybrid_parallel_plugin.py)
 and `p.data = p.data.to(self.mixed_precision)` in `GeminiDDP._init_chunks` (zero/gemini/gemini_ddp.py), of which the fp32
 master weights are made afterwards. From rounded weights the first updates, of the size of a 16-bit step, are rounded all
-alike and not on average: a Llama of 1.1 billion random weights was at 9.36 after 14 steps, and from its own at 8.62, as in
-fp32 (one H200, 2026-11-29). Pretrained fp16 weights lose three of their bits.
+alike and not on average: HybridParallel's loss of a Llama of 1.1 billion random weights was 9.36 after 14 steps, and is 8.61 from
+the model's own, in fp32 8.65 (one H200, 2026-11-29). Pretrained fp16 weights lose three of their bits.
 
 Mends the same casts, and that in `LowLevelZeroModel.__init__` (booster/plugin/low_level_zero_plugin.py), of the frequencies of
-rotary embeddings, too: with 8 bits a position is off by up to one in 256 of itself.
+rotary embeddings, too: with 8 bits an angle is off by up to a 512th of itself.
 """
 
 from __future__ import annotations

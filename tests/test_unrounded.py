@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from architectures import CONFIGS, save
 from colossal_ext.unrounded import fp32_weights, unrounded_frequencies
-from test_other_models import CONFIGS, save
 
 # All but torch_ddp, which keeps the model in fp32: what they start from, and what two ranks make of it.
 PLUGINS = {
