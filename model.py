@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,27 +214,78 @@ def build_model(
 def _random_weights(
     config: PretrainedConfig, device: torch.device, place: Callable[[nn.Module], Any] | None
 ) -> nn.Module:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = without_weights(config)
     # Buffers, such as rotary frequencies, are computed by the constructor, which meta tensors skip.
     if device.type == "cpu" or any(True for _ in model.buffers()):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return draw_weights(model, device, place)
 
 
-@torch.no_grad()
+def without_weights(config: PretrainedConfig) -> Any:
+    """Return a model whose weights take no memory, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
 def draw_weights(model: Any, device: torch.device, place: Callable[[nn.Module], Any] | None = None) -> Any:
     """Give a model on the meta device random weights, drawn module by module on `device`, each put in its place."""
-    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    for module in model.modules():
-        if module is tied or not module._parameters:
-            continue
-        module.to_empty(device=device, recurse=False)
-        model._init_weights(module)
+    for _, module in _drawn_modules(model, device):
         if place:
             place(module)
     model.tie_weights()
     return model
+
+
+@torch.no_grad()
+def _drawn_modules(model: Any, device: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each that has weights of its own, as soon as they are drawn."""
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    for name, module in model.named_modules():
+        if module is tied or not module._parameters:
+            continue
+        module.to_empty(device=device, recurse=False)
+        model._init_weights(module)
+        yield name, module
+
+
+class DrawnAgain:
+    """Reads the random weights of `build_model` by name, drawn once more from the seed.
+
+    Read in the model's order they are all drawn once; a name that has gone by is drawn anew, with all before it. One
+    module's weights are in memory at a time.
+    """
+
+    _gone: set[str]
+    _drawn: dict[str, Tensor]
+    _modules: Iterator[dict[str, Tensor]]
+
+    def __init__(self, config: PretrainedConfig, seed: int, device: torch.device) -> None:
+        self._model, self._seed, self._device = without_weights(config), seed, device
+        first = dict[int, str]()
+        named = self._model.named_parameters(remove_duplicate=False)
+        self._untied = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+        self._start()
+
+    def __call__(self, name: str) -> Tensor:
+        """Return the fp32 tensor, in the model's shape, on the device."""
+        name = self._untied[name]
+        if name in self._gone:
+            self._start()
+        while name not in self._drawn:
+            self._gone.update(self._drawn)
+            self._drawn = next(self._modules)
+        return self._drawn[name]
+
+    def _start(self) -> None:
+        torch.manual_seed(self._seed)
+        self._gone, self._drawn, self._modules = set(), {}, self._draw()
+
+    def _draw(self) -> Iterator[dict[str, Tensor]]:
+        for name, module in _drawn_modules(self._model, self._device):
+            try:
+                yield {f"{name}.{key}": weight.data for key, weight in module._parameters.items() if weight is not None}
+            finally:
+                module.to_empty(device="meta", recurse=False)
 
 
 def _load_weights(source: ModelSource) -> nn.Module:

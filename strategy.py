@@ -98,11 +98,13 @@ class Engine:
         scheduler: LRScheduler | None,
         *,
         resumes: bool = False,
+        drawn_again: Callable[[str], Tensor] | None = None,
     ) -> None:
         """Hand model, optimizer and schedule to the plugin, which shards them.
 
         Args:
             resumes: all weights come from a checkpoint, next.
+            drawn_again: returns the fp32 tensor of a name, where the model's own were cast as they were drawn.
         """
         from colossal_ext.unrounded import fp32_weights, unrounded_frequencies
 
@@ -125,8 +127,10 @@ class Engine:
             _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
         elif self.args.plugin == "hybrid_parallel":
             weights = self.plugin.custom_policy.take_fp32_weights()
-        if weights and optimizer and not resumes and self.args.precision != "fp32":
-            self.load_states(lambda name, kind: weights[name], adam_step=0)
+        rounds = self.args.plugin in ("gemini", "hybrid_parallel") and self.args.precision != "fp32"
+        read = weights.__getitem__ if weights else drawn_again
+        if rounds and read and optimizer and not resumes:
+            self.load_states(lambda name, kind: read(name), adam_step=0)
         if self.defers_updates:
             self.optimizer.defer_updates(model, groups)
 
@@ -462,7 +466,7 @@ def placing(where: Place, args: TrainArgs, runtime: Runtime) -> Callable[[nn.Mod
     if where == "host":
         return lambda module: module._apply(torch.Tensor.cpu, recurse=False)
     dtype = DTYPES[args.precision]
-    if args.plugin in ("gemini", "hybrid_parallel"):  # make fp32 weights of 16-bit ones
+    if args.plugin in ("gemini", "hybrid_parallel"):  # get their fp32 weights once they are boosted
         return lambda module: module._apply(lambda each: each.to(dtype), recurse=False)
     from colossal_ext.sharded_zero import keep_share
 

@@ -505,7 +505,14 @@ def train(
         model.parameter_groups(module, args.weight_decay), args, model.learning_rate(args, job.source)
     )
     scheduler = strategy.make_scheduler(optimizer, args, schedule.num_steps)
-    engine.boost(module, optimizer, scheduler, resumes=job.resume is not None)
+    draws_again = where == "cast" and not job.source.pretrained
+    engine.boost(
+        module,
+        optimizer,
+        scheduler,
+        resumes=job.resume is not None,
+        drawn_again=model.DrawnAgain(job.source.config, args.seed, job.process.device) if draws_again else None,
+    )
     engine.seed_dropout(args.seed)
     progress = checkpoint.load(engine, job.resume) if job.resume else checkpoint.Progress()
     hooks = trainer.Hooks(

@@ -110,10 +110,12 @@ def worker() -> Iterator[subprocess.Popen[str]]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def order(worker: subprocess.Popen[str], world: int, commands: Path, answer: Path, *, timeout_s: float = 240) -> Any:
+def order(
+    worker: subprocess.Popen[str], world: int, commands: Path, answer: Path, *, casts: bool, timeout_s: float = 240
+) -> Any:
     """Return the worker's answer to an order."""
     assert worker.stdin is not None
-    worker.stdin.write(json.dumps([world, str(commands), str(answer)]) + "\n")
+    worker.stdin.write(json.dumps([world, str(commands), str(answer), casts]) + "\n")
     worker.stdin.flush()
     end = time.monotonic() + timeout_s
     while not answer.exists():
@@ -124,13 +126,18 @@ def order(worker: subprocess.Popen[str], world: int, commands: Path, answer: Pat
 
 @pytest.fixture(scope="session")
 def run_many(worker: subprocess.Popen[str]) -> Callable[..., dict[str, Run]]:
-    """Run several command lines, by name, one after the other in the same ranks; results in `folder`/<name>."""
+    """Run several command lines, by name, one after the other in the same ranks; results in `folder`/<name>.
 
-    def run(folder: Path, flags: Mapping[str, Sequence[object]], *, world: int, **options: bool) -> dict[str, Run]:
+    With `casts` random weights are cast as they are drawn.
+    """
+
+    def run(
+        folder: Path, flags: Mapping[str, Sequence[object]], *, world: int, casts: bool = False, **options: bool
+    ) -> dict[str, Run]:
         commands, answer = folder / "commands.json", folder / "answer.json"
         commands.write_text(json.dumps([command_line(folder / name, flags[name], **options) for name in flags]))
         answer.unlink(missing_ok=True)
-        done = order(worker, world, commands, answer)
+        done = order(worker, world, commands, answer, casts=casts)
         assert not isinstance(done, str), done
         return {name: Run(code, text, folder / name) for name, (code, text) in zip(flags, done, strict=True)}
 

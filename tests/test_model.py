@@ -7,6 +7,7 @@ from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
 from args import ConfigError, TrainArgs
 from model import (
+    DrawnAgain,
     build_model,
     check_first_loss,
     count_targets,
@@ -19,6 +20,7 @@ from model import (
     recompute_layers,
     shape_of,
     summed_loss,
+    without_weights,
 )
 from opt_sizes import OPT_SHAPES
 from planner import layout_problems
@@ -193,14 +195,24 @@ def test_recomputing_changes_no_gradient():
 def test_modules_go_to_their_place_as_they_are_drawn():
     def drawn(place=None):
         torch.manual_seed(0)
-        with torch.device("meta"):
-            model = OPTForCausalLM(tiny_source().config)
-        return draw_weights(model, torch.device("cpu"), place)
+        return draw_weights(without_weights(tiny_source().config), torch.device("cpu"), place)
 
     whole, cast = drawn(), drawn(lambda module: module._apply(torch.Tensor.bfloat16, recurse=False))
     assert cast.lm_head.weight is cast.model.decoder.embed_tokens.weight
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter.bfloat16(), cast.get_parameter(name)), name
+
+
+def test_weights_drawn_again_are_the_same_in_whatever_order_they_are_read():
+    torch.manual_seed(7)
+    model = draw_weights(without_weights(tiny_source().config), torch.device("cpu"))
+    again = DrawnAgain(tiny_source().config, 7, torch.device("cpu"))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert names[-1] == "lm_head.weight"
+    for name in [*names, *reversed(names[:5])]:
+        assert torch.equal(again(name), model.get_parameter(name)), name
+    held = {name: parameter for name, parameter in again._model.named_parameters() if not parameter.is_meta}
+    assert len(held) <= 2  # of one module
 
 
 def test_a_forward_pass_asks_the_device_nothing():

@@ -1,7 +1,7 @@
 """Runs command lines of train_clm.py in ranks that it forks: importing the libraries takes longer than training `tiny`.
 
-Reads orders from stdin, a line of JSON each: [world size, COMMANDS.json, ANSWER.json]. The answer is rank 0's exit code
-and output of each command line, or the text of what went wrong.
+Reads orders from stdin, a line of JSON each: [world size, COMMANDS.json, ANSWER.json, whether random weights are cast as
+they are drawn]. The answer is rank 0's exit code and output of each command line, or the text of what went wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
+from torch import nn
+from transformers import PretrainedConfig
 
+import model
+import planner
 import runtime
 import train_clm
 from args import ConfigError, parse_args
@@ -46,10 +54,22 @@ def run(argv: list[str], process: runtime.Runtime) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def run_rank(commands: str, answer: Path) -> None:
+@contextlib.contextmanager
+def cast_as_drawn() -> Iterator[None]:
+    """Draw random weights module by module, each cast at once, as those of a large model are on GPUs."""
+
+    def draw(config: PretrainedConfig, device: torch.device, place: Callable[[nn.Module], Any] | None) -> nn.Module:
+        return model.draw_weights(model.without_weights(config), device, place)
+
+    with patch.object(model, "_random_weights", draw), patch.object(planner, "weights_place", return_value="cast"):
+        yield
+
+
+def run_rank(commands: str, answer: Path, casts: bool) -> None:
     """Run every command line of `commands` as torchrun's rank would, and let rank 0 write the answer."""
     process = runtime.current_runtime()
-    done = [run(argv, process) for argv in json.loads(Path(commands).read_text())]
+    with cast_as_drawn() if casts else contextlib.nullcontext():
+        done = [run(argv, process) for argv in json.loads(Path(commands).read_text())]
     if process.is_main:
         write(answer, done)
     if dist.is_initialized():
@@ -71,9 +91,9 @@ def main() -> None:
         importlib.import_module(name)
     gc.freeze()  # what is imported stays: no collection of a rank's needs to look at it
     for line in sys.stdin:
-        world, commands, answer = json.loads(line)
+        world, commands, answer, casts = json.loads(line)
         try:
-            fork_ranks(run_rank, world, commands, Path(answer))
+            fork_ranks(run_rank, world, commands, Path(answer), casts)
         except Exception:
             write(Path(answer), traceback.format_exc())
 
