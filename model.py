@@ -260,9 +260,9 @@ class DrawnAgain:
     _modules: Iterator[dict[str, Tensor]]
 
     def __init__(self, config: PretrainedConfig, seed: int, device: torch.device) -> None:
-        self._model, self._seed, self._device = without_weights(config), seed, device
+        self._config, self._seed, self._device = config, seed, device
         first = dict[int, str]()
-        named = self._model.named_parameters(remove_duplicate=False)
+        named = without_weights(config).named_parameters(remove_duplicate=False)
         self._untied = {name: first.setdefault(id(parameter), name) for name, parameter in named}
         self._start()
 
@@ -277,15 +277,13 @@ class DrawnAgain:
         return self._drawn[name]
 
     def _start(self) -> None:
-        torch.manual_seed(self._seed)
         self._gone, self._drawn, self._modules = set(), {}, self._draw()
 
     def _draw(self) -> Iterator[dict[str, Tensor]]:
-        for name, module in _drawn_modules(self._model, self._device):
-            try:
-                yield {f"{name}.{key}": weight.data for key, weight in module._parameters.items() if weight is not None}
-            finally:
-                module.to_empty(device="meta", recurse=False)
+        torch.manual_seed(self._seed)  # at the first read: until then others draw numbers, too
+        for name, module in _drawn_modules(without_weights(self._config), self._device):
+            yield {f"{name}.{key}": weight.data for key, weight in module._parameters.items() if weight is not None}
+            module.to_empty(device="meta", recurse=False)
 
 
 def _load_weights(source: ModelSource) -> nn.Module:
