@@ -68,8 +68,14 @@ def cast_as_drawn() -> Iterator[None]:
 def run_rank(commands: str, answer: Path, casts: bool) -> None:
     """Run every command line of `commands` as torchrun's rank would, and let rank 0 write the answer."""
     process = runtime.current_runtime()
+    done = []
     with cast_as_drawn() if casts else contextlib.nullcontext():
-        done = [run(argv, process) for argv in json.loads(Path(commands).read_text())]
+        for argv in json.loads(Path(commands).read_text()):
+            done.append(run(argv, process))
+            if (
+                dist.is_initialized()
+            ):  # rank 0 must not hold the next folder's lock before the others have looked for it
+                dist.barrier()
     if process.is_main:
         write(answer, done)
     if dist.is_initialized():
