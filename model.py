@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +262,14 @@ class DrawnAgain:
 
     def __init__(self, config: PretrainedConfig, seed: int, device: torch.device) -> None:
         self._config, self._seed, self._device = config, seed, device
-        first = dict[int, str]()
-        named = without_weights(config).named_parameters(remove_duplicate=False)
-        self._untied = {name: first.setdefault(id(parameter), name) for name, parameter in named}
         self._start()
+
+    @cached_property
+    def _untied(self) -> dict[str, str]:
+        """Each weight's name and the first of its names."""
+        first = dict[int, str]()
+        named = without_weights(self._config).named_parameters(remove_duplicate=False)
+        return {name: first.setdefault(id(parameter), name) for name, parameter in named}
 
     def __call__(self, name: str) -> Tensor:
         """Return the fp32 tensor, in the model's shape, on the device."""

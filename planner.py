@@ -758,7 +758,7 @@ def weights_place(plugin: str, precision: str, num_params: int, world_size: int,
     """Return where random weights drawn on a GPU wait for the plugin: there, on the host, or there but cast.
 
     Cast they have the form that the plugin keeps: 16 bits, and in LowLevelZero's case this rank's share in fp32.
-    HybridParallel makes its fp32 weights of 16-bit ones, too.
+    Gemini's and HybridParallel's fp32 weights are drawn once more when the model is sharded (`model.DrawnAgain`).
     """
     if plugin != "gemini" and 4 * num_params <= WEIGHTS_ROOM * (limit_bytes or 0):
         return "device"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # two from 2^16 on several ranks, whose own few rows have larger gradients than the whole batch, none on one.
 INITIAL_LOSS_SCALE = 2**12
 
+ROUNDING_PLUGINS = ("gemini", "hybrid_parallel")  # cast a model to 16 bits before they make fp32 master weights of it
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -127,7 +129,7 @@ class Engine:
             _spare_the_host(self.model, self.optimizer, waits=self.runtime.on_cpu or _uses_host(self.args))
         elif self.args.plugin == "hybrid_parallel":
             weights = self.plugin.custom_policy.take_fp32_weights()
-        rounds = self.args.plugin in ("gemini", "hybrid_parallel") and self.args.precision != "fp32"
+        rounds = self.args.plugin in ROUNDING_PLUGINS and self.args.precision != "fp32"
         read = weights.__getitem__ if weights else drawn_again
         if rounds and read and optimizer and not resumes:
             self.load_states(lambda name, kind: read(name), adam_step=0)
@@ -466,7 +468,7 @@ def placing(where: Place, args: TrainArgs, runtime: Runtime) -> Callable[[nn.Mod
     if where == "host":
         return lambda module: module._apply(torch.Tensor.cpu, recurse=False)
     dtype = DTYPES[args.precision]
-    if args.plugin in ("gemini", "hybrid_parallel"):  # get their fp32 weights once they are boosted
+    if args.plugin in ROUNDING_PLUGINS:  # fp32 weights follow once the model is boosted
         return lambda module: module._apply(lambda each: each.to(dtype), recurse=False)
     from colossal_ext.sharded_zero import keep_share
 

@@ -4,8 +4,8 @@ Mends `module = module.to(self.mixed_precision)` in `HybridParallelModule.__init
 and `p.data = p.data.to(self.mixed_precision)` in `GeminiDDP._init_chunks` (zero/gemini/gemini_ddp.py), of which the fp32
 master weights are made afterwards. From rounded weights the first updates, of the size of a 16-bit step, are rounded all
 alike and not on average: HybridParallel's loss of a Llama of 1.1 billion random weights was 9.36 after 14 steps, and is 8.61 from
-the model's own, in fp32 8.65 (one H200, 2026-11-29). Pretrained fp16 weights lose three of their bits. Random weights of a model
-whose fp32 weights a GPU has no room for are drawn once more afterwards (`model.DrawnAgain`).
+the model's own, in fp32 8.65 (one H200, 2026-11-29). Pretrained fp16 weights lose three of their bits. Random weights that
+are cast as they are drawn, before either, are drawn once more afterwards (`model.DrawnAgain`).
 
 Mends the same casts, and that in `LowLevelZeroModel.__init__` (booster/plugin/low_level_zero_plugin.py), of the frequencies of
 rotary embeddings, too: with 8 bits an angle is off by up to a 512th of itself.

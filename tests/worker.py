@@ -72,14 +72,11 @@ def run_rank(commands: str, answer: Path, casts: bool) -> None:
     with cast_as_drawn() if casts else contextlib.nullcontext():
         for argv in json.loads(Path(commands).read_text()):
             done.append(run(argv, process))
-            if (
-                dist.is_initialized()
-            ):  # rank 0 must not hold the next folder's lock before the others have looked for it
+            # A rank far ahead could hold the next folder's lock when the others look whether it is free.
+            if dist.is_initialized():
                 dist.barrier()
     if process.is_main:
         write(answer, done)
-    if dist.is_initialized():
-        dist.barrier()
     os._exit(0)  # ColossalAI's process groups complain when the interpreter ends
 
 
