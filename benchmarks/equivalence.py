@@ -82,13 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     import torch
 
-    cases = possible(quick_cases() if args.quick else all_cases(), torch.cuda.device_count())
+    if args.ranks_per_gpu > 1:
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    num_ranks = args.ranks_per_gpu * torch.cuda.device_count()
+    cases = possible(quick_cases() if args.quick else all_cases(), num_ranks)
     cases = [case for case in cases if re.search(args.only, case.name)]
     cases = compiled(cases) if args.compile else cases
     if not cases:
         raise SystemExit(f"--only {args.only}: no case is named like this")
     with tempfile.TemporaryDirectory(prefix="equivalence-") as folder:
-        report = make_report(cases, args.train_file, Path(folder), args.jobs)
+        report = make_report(cases, args.train_file, Path(folder), args.jobs, args.ranks_per_gpu)
     table = args.output if args.output.suffix == ".md" else args.output / "equivalence.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(report.as_markdown(), encoding="utf-8")
@@ -103,6 +106,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX", help="the cases whose name matches; off: all")
     parser.add_argument("--compile", action="store_true", help="only those with packed rows, layers and loss compiled")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="process groups at a time (default: 1)")
+    parser.add_argument(
+        "--ranks_per_gpu", type=positive, default=1, metavar="N", help="ranks that share a GPU (default: 1); NCCL 2.30"
+    )
     parser.add_argument("--train_file", type=Path, default=ROOT / "LICENSE", help="text to train on, 7 kB or more")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/equivalence"), help="folder of the tables, or the .md file"
@@ -117,22 +123,23 @@ def positive(word: str) -> int:
     return number
 
 
-def make_report(cases: Sequence[Case], text: Path, folder: Path, jobs: int) -> Report:
+def make_report(cases: Sequence[Case], text: Path, folder: Path, jobs: int, ranks_per_gpu: int) -> Report:
     """Run the plain loop and the cases, and compare them.
 
     Args:
         folder: takes weights, rows and results.
         jobs: process groups at a time.
+        ranks_per_gpu: ranks of a process group that share a GPU.
     """
     started = time.monotonic()
     quiet()
     write_weights(folder / "weights")
     write_texts(text, folder)
     plain = {reference: train_reference(reference, folder) for reference in {case.reference: None for case in cases}}
-    found = run_cases(cases, folder, jobs)
+    found = run_cases(cases, folder, jobs, ranks_per_gpu)
     rows = [make_row(case, found.get(case.name), plain[case.reference], folder) for case in cases]
     rounding = measure_rounding(folder)
-    return Report(circumstances(text, started, rounding), rows)
+    return Report(circumstances(text, ranks_per_gpu, started, rounding), rows)
 
 
 def quiet() -> None:
@@ -143,7 +150,7 @@ def quiet() -> None:
     torch.set_num_threads(1)  # as in the ranks; the model is too small for more
 
 
-def circumstances(text: Path, started: float, rounding: Differences) -> Circumstances:
+def circumstances(text: Path, ranks_per_gpu: int, started: float, rounding: Differences) -> Circumstances:
     """Return what the reader of the table must know."""
     import torch
 
@@ -151,6 +158,8 @@ def circumstances(text: Path, started: float, rounding: Differences) -> Circumst
 
     num_gpus = torch.cuda.device_count()
     device = f"{num_gpus} x {torch.cuda.get_device_name()}, NCCL" if num_gpus else f"{os.cpu_count()} CPU cores, gloo"
+    if num_gpus and ranks_per_gpu > 1:
+        device += f", up to {ranks_per_gpu} ranks a GPU,"
     return Circumstances(
         command=shlex.join(["bash", "tests/equivalence.sh", *sys.argv[1:]]),
         date=time.strftime("%Y-%m-%d"),
@@ -283,11 +292,13 @@ class Share:
     Args:
         number: of the share among those of its world size.
         environment: of its processes: which GPUs they see.
+        ranks_per_gpu: ranks that share a GPU.
     """
 
     cases: list[Case]
     number: int
     environment: dict[str, str]
+    ranks_per_gpu: int = 1
 
     @property
     def world_size(self) -> int:
@@ -298,22 +309,24 @@ class Share:
         return f"{self.world_size}-ranks-{self.number}"
 
 
-def deal(cases: Sequence[Case], jobs: int, gpus: Sequence[str]) -> list[Share]:
+def deal(cases: Sequence[Case], jobs: int, gpus: Sequence[str], ranks_per_gpu: int = 1) -> list[Share]:
     """Return the cases as shares, up to `jobs` a world size, the slowest first: those of many ranks.
 
     Args:
-        gpus: what CUDA_VISIBLE_DEVICES calls the GPUs; each process group gets one a rank, in turn.
+        gpus: what CUDA_VISIBLE_DEVICES calls the GPUs; each process group gets as many as it needs, in turn.
+        ranks_per_gpu: ranks of a group that share one.
     """
     shares = []
     for world_size in sorted({case.strategy.world_size for case in cases}, reverse=True):
         own = [case for case in cases if case.strategy.world_size == world_size]
         limit = jobs
+        width = -(-world_size // ranks_per_gpu)  # GPUs of a group
         if gpus and world_size > 1:
-            limit = min(jobs, MOST_GROUPS_A_GPU * (len(gpus) // world_size))
+            limit = min(jobs, MOST_GROUPS_A_GPU * (len(gpus) // width))
         for number in range(min(limit, len(own))):
-            taken = [gpus[(number * world_size + rank) % len(gpus)] for rank in range(world_size)] if gpus else []
+            taken = [gpus[(number * width + index) % len(gpus)] for index in range(width)] if gpus else []
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if gpus else {}
-            shares.append(Share(own[number::limit], number, environment))
+            shares.append(Share(own[number::limit], number, environment, ranks_per_gpu))
     return shares
 
 
@@ -326,23 +339,24 @@ def visible_gpus() -> list[str]:
     return named[: len(numbers)] or numbers
 
 
-def run_cases(cases: Sequence[Case], folder: Path, jobs: int) -> dict[str, Found]:
+def run_cases(cases: Sequence[Case], folder: Path, jobs: int, ranks_per_gpu: int = 1) -> dict[str, Found]:
     """Return what each case left, by name: numbers, or an `error`; nothing of those that Ctrl-C or SIGTERM cut off.
 
     Args:
         jobs: process groups at a time.
+        ranks_per_gpu: ranks of a process group that share a GPU.
     """
-    stop = Event()
+    stop, shares = Event(), deal(cases, jobs, visible_gpus(), ranks_per_gpu)
     with ThreadPoolExecutor(jobs) as pool:
-        shares = [pool.submit(run_share, share, folder, stop) for share in deal(cases, jobs, visible_gpus())]
+        running = [pool.submit(run_share, share, folder, stop) for share in shares]
         try:
-            while wait(shares, PROGRESS_S, FIRST_EXCEPTION).not_done and not any(map(failed, shares)):
+            while wait(running, PROGRESS_S, FIRST_EXCEPTION).not_done and not any(map(failed, running)):
                 print(f"{num_answers(folder)} of {len(cases)} cases", file=sys.stderr, flush=True)
         except (KeyboardInterrupt, SystemExit):
             print("interrupted: ending the ranks; the table will lack cases", file=sys.stderr, flush=True)
         finally:
             stop.set()
-    return {name: answer for share in shares for name, answer in share.result().items()}
+    return {name: answer for share in running for name, answer in share.result().items()}
 
 
 def failed(share: Future[dict[str, Found]]) -> bool:
@@ -382,7 +396,8 @@ def run_group(share: Share, folder: Path, group: Path, stop: Event) -> dict[str,
     (group / "orders.json").write_text(json.dumps(orders))
     results, log = group / "found.jsonl", group / "log.txt"
     results.touch()
-    command = [sys.executable, "-m", "benchmarks.equivalence_worker", str(share.world_size), str(folder), str(group)]
+    words = (share.world_size, share.ranks_per_gpu, folder, group)
+    command = [sys.executable, "-m", "benchmarks.equivalence_worker", *map(str, words)]
     with open(log, "w", encoding="utf-8") as output:
         end = watch(command, results, output, share.environment, stop)
     found: dict[str, Found] = {}

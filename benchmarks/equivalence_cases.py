@@ -272,12 +272,15 @@ def compiled(cases: Sequence[Case]) -> list[Case]:
     return list(dict.fromkeys(replace(case, compiled=True, dropout=0.0) for case in fitting))
 
 
-def possible(cases: Sequence[Case], num_gpus: int) -> list[Case]:
+def possible(cases: Sequence[Case], num_ranks: int) -> list[Case]:
     """Return the cases that a machine can run, each once.
 
-    On GPUs one rank has one of them, and dropout is left to fp32: CUDA draws other masks for other element sizes.
+    On GPUs dropout is left to fp32: CUDA draws other masks for other element sizes.
+
+    Args:
+        num_ranks: that have a GPU, or part of one; 0: the machine has none, and runs all cases on CPUs.
     """
-    if num_gpus == 0:
+    if num_ranks == 0:
         return list(cases)
-    fitting = [case for case in cases if case.strategy.world_size <= num_gpus]
+    fitting = [case for case in cases if case.strategy.world_size <= num_ranks]
     return list(dict.fromkeys(case if case.precision == "fp32" else replace(case, dropout=0.0) for case in fitting))

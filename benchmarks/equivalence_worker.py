@@ -1,6 +1,6 @@
 """The ranks of one of equivalence.py's process groups: they run cases one after the other through train_clm.py's functions.
 
-    python -m benchmarks.equivalence_worker RANKS FOLDER GROUP
+    python -m benchmarks.equivalence_worker RANKS RANKS_PER_GPU FOLDER GROUP
 
 FOLDER holds weights and rows, GROUP, the process group's own, `orders.json`: a list of cases. Ranks are forked, since
 importing the libraries takes longer than most cases. Rank 0 appends what it found to `found.jsonl` in GROUP. A rank that
@@ -93,7 +93,7 @@ class Book:
         self.evaluations.append(evaluation.loss)
 
 
-def main(num_ranks: int, folder: Path, group: Path) -> None:
+def main(num_ranks: int, ranks_per_gpu: int, folder: Path, group: Path) -> None:
     """Import what the ranks need, and fork them.
 
     Raises:
@@ -101,12 +101,12 @@ def main(num_ranks: int, folder: Path, group: Path) -> None:
     """
     import_what_can_be_forked()
     gc.freeze()  # what is imported stays: no collection of a rank's needs to look at it
-    fork_ranks(run_rank, num_ranks, folder, group)
+    fork_ranks(run_rank, num_ranks, ranks_per_gpu, folder, group)
 
 
-def run_rank(folder: Path, group: Path) -> None:
+def run_rank(ranks_per_gpu: int, folder: Path, group: Path) -> None:
     """Run the orders of a process group."""
-    process = current_runtime()
+    process = sharing(current_runtime(), ranks_per_gpu)
     if process.on_cpu:
         torch.set_num_threads(1)
     start_process_group(process, timeout_s=COLLECTIVE_TIMEOUT_S)
@@ -121,6 +121,14 @@ def run_rank(folder: Path, group: Path) -> None:
             append(group, found)
     dist.barrier()
     os._exit(0)  # ColossalAI's process groups complain when the interpreter ends
+
+
+def sharing(process: Runtime, ranks_per_gpu: int) -> Runtime:
+    """Return where a process stands whose GPU also has the ranks beside it; each GPU then counts as several."""
+    if process.on_cpu:
+        return process
+    device = torch.device("cuda", process.local_rank // ranks_per_gpu)
+    return replace(process, device=device, num_gpus=process.num_gpus * ranks_per_gpu)
 
 
 def append(group: Path, found: dict[str, Any]) -> None:
@@ -229,4 +237,4 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))

@@ -29,7 +29,8 @@ SHORT = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from tests that need none: what they count is a CPU's ranks, threads and bytes."""
+    """Hide GPUs from tests that need none: what they count is a CPU's ranks, threads and bytes. Hubs are their own."""
+    os.environ.pop("HF_HUB_OFFLINE", None)
     if "gpu" not in re.sub(r"not (multi_)?gpu", "", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

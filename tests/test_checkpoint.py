@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from args import ConfigError, TrainArgs, parse_args
 from checkpoint import FIXED_FLAGS, MANIFEST, find, load, resume_problems, step_folders, verify
-from conftest import MINI, ROOT
+from conftest import MINI, MODULE_PATH, ROOT
 from runtime import folder_lock, lock_problem
 from train_clm import export
 
@@ -331,7 +331,7 @@ def test_a_file_the_disk_does_not_take_ends_every_rank_with_one_message(tmp_path
         "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))\n"
     )
     flags = "--save_strategy steps --save_steps 1"
-    run = run_training(tmp_path, *flags.split(), world=2, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    run = run_training(tmp_path, *flags.split(), world=2, PYTHONPATH=f"{tmp_path}:{MODULE_PATH}")
     assert run.code == 1 and run.output.count("could not be written") == 1, run.output
     assert "error: [rank 0] checkpoint" in run.output and "File too large" in run.output
     assert not list((run.folder / "checkpoints").iterdir())

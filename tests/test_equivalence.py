@@ -42,7 +42,9 @@ from benchmarks.equivalence_report import (
     failure,
     judge,
 )
+from benchmarks.equivalence_worker import sharing
 from conftest import ROOT
+from runtime import Runtime
 
 QUICK = {case.name: case for case in quick_cases()}
 SOUND = [name for name, case in QUICK.items() if not case.fault]
@@ -234,7 +236,7 @@ def test_every_case_takes_the_same_sixteen_rows_a_step(tmp_path):
 
 
 def test_a_machine_with_one_gpu_runs_one_rank_and_drops_in_fp32_alone():
-    cases = possible(all_cases(), num_gpus=1)
+    cases = possible(all_cases(), num_ranks=1)
     assert {case.strategy.world_size for case in cases} == {1}
     assert {case.precision for case in cases if case.dropout} == {"fp32"}
     assert len({case.name for case in cases}) == len(cases)
@@ -339,6 +341,22 @@ def test_one_rank_groups_are_spread_over_the_gpus_and_larger_ones_take_one_a_ran
     gpus = [share.environment["CUDA_VISIBLE_DEVICES"] for share in shares]
     assert gpus == ["4,7", "4,7", "4", "7", "4", "7", "4"]
     assert sorted(case.name for share in shares for case in share.cases) == sorted(case.name for case in cases)
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(["7"], ["7", "7", "7", "7"]), (["4", "7"], ["4,7", "4,7", "4", "7"])])
+def test_ranks_that_share_a_gpu_take_fewer_of_them(gpus: list[str], taken: list[str]) -> None:
+    cases = [case for case in all_cases() if case.strategy.world_size > 1]
+    shares = equivalence.deal(cases, 2, gpus, ranks_per_gpu=4 // len(gpus))
+    assert [share.world_size for share in shares] == [4, 4, 2, 2]
+    assert [share.environment["CUDA_VISIBLE_DEVICES"] for share in shares] == taken
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (4, [0, 1, 2, 3])])
+def test_a_rank_knows_which_gpu_it_shares(visible: int, devices: list[int]) -> None:
+    for rank, device in enumerate(devices):
+        alone = Runtime(rank, 4, rank, 4, torch.device("cuda", rank), visible)
+        shared = sharing(alone, 4 // visible)
+        assert (shared.device, shared.num_gpus) == (torch.device("cuda", device), 4)
 
 
 def test_on_the_cpu_every_world_size_gets_as_many_groups_as_it_has_cases_for():

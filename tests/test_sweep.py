@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks import sweep, table
-from conftest import ROOT
+from conftest import MODULE_PATH, ROOT
 
 # Stands for torchrun: notes its batch size, and fails by it.
 FAKE_TORCHRUN = """
@@ -249,7 +249,7 @@ def test_bad_settings_are_named_before_anything_runs(bench: Bench) -> None:
 
 def test_with_matplotlib_the_pictures_stand_in_the_page(bench: Bench) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -r requirements.txt")
-    bench.run(BATCH_SIZES="1 2", PYTHONPATH="")
+    bench.run(BATCH_SIZES="1 2", PYTHONPATH=MODULE_PATH)
     assert (bench.out / "throughput.png").stat().st_size > 10_000
     assert (bench.out / "report.html").read_text().count("data:image/svg+xml;base64,") == 3
 
@@ -318,7 +318,7 @@ def real_bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(
         tmp_path, program(tmp_path / "torchrun", sys.executable, "-m", "torch.distributed.run", arguments=faulty)
     )
-    bench.env |= {"PYTHONPATH": "", "SEQ_LENS": "32", "STEPS": "7", "OMP_NUM_THREADS": "1"}
+    bench.env |= {"PYTHONPATH": MODULE_PATH, "SEQ_LENS": "32", "STEPS": "7", "OMP_NUM_THREADS": "1"}
     yield bench
     assert not left_behind(bench)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
+from conftest import MODULE_PATH, ROOT
 from data import Collator, SyntheticRows
 
 # The same 4 rows a step in every run: 2 for each of two ranks, 4 for one.
@@ -111,7 +111,7 @@ def test_a_rank_that_fails_takes_the_others_along(train, tmp_path):
         "    dist.all_reduce = broken\n"
     )
     started = time.perf_counter()
-    run = train(world=2, PYTHONPATH=str(tmp_path))
+    run = train(world=2, PYTHONPATH=f"{tmp_path}:{MODULE_PATH}")
     assert run.code != 0 and "[rank 1]" in run.output and "planted" in run.output
     assert time.perf_counter() - started < 60
 
