@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, metavar="DIR", help="folder of runs; off: predictions alone")
     parser.add_argument("--output", type=Path, metavar="PAGE", help="page whose tables are replaced; off: print them")
     options = parser.parse_args(argv)
+    if options.output and not options.output.is_file():
+        parser.error(f"--output {options.output}: no such page; it is given other tables, not made")
     text = clusters_text()
     if options.measured:
         text += "\n\n" + measured_text(read_runs(options.measured))
