@@ -320,5 +320,11 @@ def test_the_tables_of_the_page_are_those_that_its_command_makes():
         page.replaced("no marks", "new")
 
 
+def test_a_page_that_is_not_there_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        page.main(["--output", str(tmp_path / "nowhere.md")])
+    assert "nowhere.md: no such page" in capsys.readouterr().err
+
+
 def test_a_cluster_on_which_nothing_fits_has_a_row_that_says_so():
     assert "| 8 | none fits |" in page.clusters_text()
