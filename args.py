@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -173,6 +174,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+PATH_FLAGS = (
+    "model_name_or_path", "tokenizer_name", "cache_dir", "train_file", "validation_file", "output_dir",
+    "resume_from_checkpoint", "export",
+)  # fmt: skip
+
+
 def parse_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """Return the settings of `argv` (default: the process's own).
 
@@ -181,6 +188,9 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """
     values = vars(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
     values["prompt"] = tuple(values["prompt"] or ())
+    for name in PATH_FLAGS:
+        if values[name] is not None:
+            values[name] = os.path.expanduser(values[name])  # bash leaves the ~ of --output_dir=~/run
     return TrainArgs(**values)
 
 

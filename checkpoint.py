@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from args import ConfigError, TrainArgs
-from model import ModelSource
+from model import ModelSource, max_positions
 from runtime import log, writing
 from strategy import Engine
 
@@ -112,7 +112,7 @@ def save(
     """
     target = folder / f"step-{progress.step:08d}"
     staging = folder / f".{target.name}.tmp"
-    with writing(f"checkpoint {target}"), _removed_on_failure(staging, engine):
+    with writing(f"checkpoint {target}"), _removed_on_failure(staging, is_main=engine.runtime.is_main):
         if engine.runtime.is_main:
             _remove_left_over(folder)
             staging.mkdir(parents=True)
@@ -130,12 +130,12 @@ def save(
 
 
 @contextmanager
-def _removed_on_failure(folder: Path, engine: Engine) -> Iterator[None]:
+def _removed_on_failure(folder: Path, *, is_main: bool) -> Iterator[None]:
     """Give a full disk its space back. Rank 0 alone may: it lists the files, so they must not vanish under it."""
     try:
         yield
     except BaseException:
-        if engine.runtime.is_main:
+        if is_main:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -366,7 +366,7 @@ def export(engine: Engine, source: ModelSource, tokenizer: Any, folder: Path) ->
     staging = folder.with_name(f".{folder.name}.tmp")
     dtype = export_dtype(engine.args.export_dtype, trained_in=engine.args.precision)
     weights = ((name, tensor) for name, _, tensor in engine.full_states(("weight",)) if tensor is not None)
-    with writing(folder), _removed_on_failure(staging, engine):
+    with writing(folder), _removed_on_failure(staging, is_main=engine.runtime.is_main):
         if engine.runtime.is_main:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -393,6 +393,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, asked: str = "auto") -> No
 
     Raises:
         ConfigError: the checkpoint is damaged or not ours.
+        RankFailure: a file could not be written.
     """
     manifest = verify(checkpoint)
     source = ModelSource(checkpoint.name, AutoConfig.from_pretrained(checkpoint), None)
@@ -401,13 +402,20 @@ def export_checkpoint(checkpoint: Path, folder: Path, asked: str = "auto") -> No
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     dtype = export_dtype(asked, trained_in=manifest.args["precision"])
     staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    with Tensors(checkpoint, manifest) as tensors:
+    with writing(folder), _removed_on_failure(staging, is_main=True), Tensors(checkpoint, manifest) as tensors:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         weights = ((name, tensors.read(name, "weight")) for name in tensors.names)
         write_weights(weights, source, dtype, staging, prefix="stage-00")
-    finish_folder(source, tokenizer, dtype, staging)
-    _replace(staging, folder)
+        finish_folder(source, tokenizer, dtype, staging)
+        _replace(staging, folder)
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder holds an exported model, or nothing, and neither folders nor a checkpoint's files."""
+    files = list(folder.iterdir()) if folder.is_dir() else [folder]
+    names = {path.name for path in files if path.is_file()}
+    return len(names) == len(files) and MANIFEST not in names and (not names or "config.json" in names)
 
 
 def write_weights(
@@ -458,21 +466,25 @@ def _write_configuration(source: ModelSource, tokenizer: Any, dtype: torch.dtype
 
 
 @torch.no_grad()
-def generate(weights: str, tokenizer: Any, args: TrainArgs) -> Iterator[str]:
-    """Yield texts sampled from the model of a Hugging Face folder: one for each `--prompt`, then `--num_samples` more.
+def generate(source: ModelSource, tokenizer: Any, args: TrainArgs) -> Iterator[str]:
+    """Yield texts sampled from a trained model: one for each `--prompt`, then `--num_samples` more.
 
-    The samples start from `</s>` alone. Runs on the CPU, in fp32: a few texts, beside a GPU that may be full.
+    The samples start from the tokenizer's first token alone, `</s>` of OPT. A text ends with the model's positions, if not
+    before; of a prompt that is longer the end counts. Runs on the CPU, in fp32: a few texts, beside a GPU that may be full.
     """
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+    assert source.weights
+    model = AutoModelForCausalLM.from_pretrained(source.weights, cache_dir=source.cache_dir, dtype=torch.float32).eval()
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     torch.manual_seed(args.seed)
     for prompt in [*args.prompt, *[""] * args.num_samples]:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        prompt_ids = (tokenizer(prompt)["input_ids"] or [first])[-(max_positions(source.config) - 1) :]
+        inputs = torch.tensor([prompt_ids])
         ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
             do_sample=True,
             top_p=0.95,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=min(args.max_new_tokens, max_positions(source.config) - len(prompt_ids)),
             pad_token_id=tokenizer.pad_token_id,
         )
         yield tokenizer.decode(ids[0], skip_special_tokens=True).strip()

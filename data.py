@@ -505,7 +505,7 @@ class FileSource(Source):
 
     @property
     def path(self) -> Path:
-        return Path(self.name).expanduser()
+        return Path(self.name)
 
     @property
     def suffix(self) -> str:

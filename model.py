@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,11 +34,16 @@ PUBLISHED_SIZES = tuple(size for size in OPT_SHAPES if size not in ("tiny", "175
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What will be built: a configuration, and the folder or hub id of its weights (None: random)."""
+    """What will be built: a configuration, and the folder or hub id of its weights (None: random).
+
+    Args:
+        cache_dir: where the hub's files are kept; None: where its client keeps them.
+    """
 
     name: str
     config: PretrainedConfig
     weights: str | None
+    cache_dir: str | None = None
 
     @property
     def pretrained(self) -> bool:
@@ -82,7 +88,7 @@ def shape_of(source: ModelSource) -> ModelShape:
         word_embed_proj_dim=None if embed_dim == config.hidden_size else embed_dim,
         pre_norm=getattr(config, "do_layer_norm_before", True),
         vocab_size=config.vocab_size,
-        max_positions=_max_positions(config),
+        max_positions=max_positions(config),
     )
     with torch.device("meta"):
         num_params = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -92,7 +98,8 @@ def shape_of(source: ModelSource) -> ModelShape:
     return replace(found, num_heads=config.num_attention_heads, ffn_width=config.ffn_dim, layerdrop=config.layerdrop)
 
 
-def _max_positions(config: PretrainedConfig) -> int:
+def max_positions(config: PretrainedConfig) -> int:
+    """Return the longest row that a model takes, in tokens."""
     # MPT's are max_seq_len; nothing in BLOOM and Mamba limits how long a row is.
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return found or sys.maxsize
@@ -113,12 +120,12 @@ def find_model(args: TrainArgs) -> ModelSource:
         raise ConfigError(f"--model_name_or_path {size}: its weights are not public; add --from_scratch")
     name = f"facebook/opt-{size}" if size else args.model_name_or_path
     config = _trainable(_load_config(name, args), args)
-    return ModelSource(size or args.model_slug, config, None if random else _weights(name))
+    return ModelSource(size or args.model_slug, config, None if random else _weights(name), args.cache_dir)
 
 
 def _load_config(name: str, args: TrainArgs) -> PretrainedConfig:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if looks_local and not folder.is_dir():
         raise ConfigError(f"--model_name_or_path {name}: no such folder, and not a size ({', '.join(OPT_SHAPES)})")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -134,7 +141,7 @@ def _load_config(name: str, args: TrainArgs) -> PretrainedConfig:
 
 
 def _weights(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ConfigError(
             f"--model_name_or_path {name}: holds no *.safetensors or pytorch_model*.bin; add --from_scratch"
@@ -201,7 +208,7 @@ def build_model(
         place: gets each module on a GPU as soon as its own random weights are drawn, to put them elsewhere.
 
     Raises:
-        ConfigError: the weights do not fill the model.
+        ConfigError: the weights cannot be read, or do not fill the model.
     """
     torch.manual_seed(seed)
     if source.weights is None:
@@ -292,12 +299,18 @@ class DrawnAgain:
 
 
 def _load_weights(source: ModelSource) -> nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        source.weights,
-        config=source.config,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.weights,
+            cache_dir=source.cache_dir,
+            config=source.config,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {source.weights}: its weights cannot be read ({_first_line(error)})"
+        ) from None
     lost = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
     if lost:
         raise ConfigError(

@@ -168,7 +168,7 @@ class Recorder:
         """Write result.json and return what it holds.
 
         Args:
-            alone: only this rank is here (it ran out of memory): no maxima over the others.
+            alone: only this rank is here (memory ran out, or it failed): no maxima over the others.
         """
         job, memory = self.job, _memory(self.job, alone=alone)
         result = report.Result(

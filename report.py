@@ -313,7 +313,7 @@ class Result:
         plan: `planner.Plan`, or None.
         data: `data.DataInfo`, or None where no data was loaded.
         steps: optimizer steps done by this process, without those before `resumed_from`.
-        train_loss: (step, loss) of each logged step.
+        train_loss: (step, loss) of each step.
         throughput: None where no step was done.
         plan_check: None where nothing was trained.
     """

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,7 @@ from args import ConfigError
 log = logging.getLogger("clm")
 
 LOCK_FILE = "run.lock"
+ALONE_AFTER_S = 10.0  # a refused rank takes itself for the only one: ranks get there seconds apart
 
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_OOM, EXIT_NAN = 0, 1, 2, 3, 4
 
@@ -215,7 +216,7 @@ def quiet_colossalai() -> None:
 
 
 def start_logging(runtime: Runtime) -> None:
-    """Print log lines of rank 0 to stdout, and only warnings with their rank from the others to stderr."""
+    """Print log lines of rank 0 to stdout, and only errors with their rank from the others to stderr."""
     handler = logging.StreamHandler(sys.stdout if runtime.is_main else sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if runtime.is_main else f"[rank {runtime.rank}] %(message)s"))
     log.handlers[:] = [handler]
@@ -251,7 +252,7 @@ def settle_hub(timeout_s: float = 5.0) -> bool:
     The hub's client retries for 25 s a file; offline it answers at once, from its cache or with an error.
     Must run before the first import of transformers or datasets.
     """
-    if os.environ.get("HF_HUB_OFFLINE"):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # as its client reads it
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
@@ -302,8 +303,7 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
     try:
         code = body(runtime)
     except ConfigError as error:
-        if runtime.is_main:
-            print(error.lines, file=sys.stderr, flush=True)
+        _tell_refusal(error, runtime)
         code = EXIT_CONFIG
     except torch.OutOfMemoryError:
         leave_now(EXIT_OOM)
@@ -319,6 +319,42 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(_report_exit_code(code, runtime))
+
+
+def _tell_refusal(error: ConfigError, runtime: Runtime) -> None:
+    """Print what is wrong, once a machine where all of its ranks are refused.
+
+    One that is refused alone says so itself and ends the run: the others would wait for it until their timeout.
+    """
+    if runtime.local_rank > 0:
+        if not _comes_true(_is_explained, ALONE_AFTER_S):
+            print(f"[rank {runtime.rank}] {error.lines}", file=sys.stderr, flush=True)
+            leave_now(EXIT_CONFIG)
+        return
+    print(error.lines, file=sys.stderr, flush=True)
+    if path := os.environ.get("CLM_EXIT_CODE_FILE"):
+        _write_exit_code(path, EXIT_CONFIG)
+        # Later all ranks are refused at once, and leave the process group together.
+        if not (dist.is_initialized() or _comes_true(lambda: not _fellow_ranks(), ALONE_AFTER_S)):
+            leave_now(EXIT_CONFIG)
+
+
+def _comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return met
+
+
+def _fellow_ranks() -> list[psutil.Process]:
+    """Return the other ranks of this machine that are alive: torchrun's other processes with this one's command."""
+    own = psutil.Process()
+    fellows = []
+    for process in psutil.Process(os.getppid()).children():
+        with suppress(psutil.Error):
+            if process != own and process.status() != psutil.STATUS_ZOMBIE and process.cmdline() == own.cmdline():
+                fellows.append(process)
+    return fellows
 
 
 def _report_exit_code(code: int, runtime: Runtime) -> int:

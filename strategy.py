@@ -202,8 +202,8 @@ class Engine:
         return self.args.plugin != "gemini" and self.args.replica_size == 1
 
     def seed_dropout(self, seed: int) -> None:
-        """Draw different dropout masks on data-parallel ranks, the same on tensor-parallel ones."""
-        torch.manual_seed(seed + 1 + self.dp_rank)
+        """Draw different dropout masks on data-parallel ranks and pipeline stages, the same on tensor-parallel ranks."""
+        torch.manual_seed(seed + 1 + self.dp_rank + self.dp_size * self.stage)
 
     def forward_backward(
         self, batch: dict[str, Tensor], scale: Tensor, *, last: bool, at_loss: Callable[[Tensor], None]

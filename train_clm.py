@@ -8,10 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from args import ConfigError, TrainArgs, parse_args, problems
 
@@ -37,27 +37,34 @@ def main() -> None:
     """Run the command line to its exit code."""
     args = parsed()
     if args.plan:
-        sys.exit(print_plan(args))
+        leave(print_plan(args))
     import runtime
 
     runtime.run_to_exit(lambda process: run(args, process))
 
 
 def parsed() -> TrainArgs:
-    """Return the settings; a flag that argparse refuses is told by rank 0 alone, and ends the launcher with 2, too.
+    """Return the settings; a flag that argparse refuses is told by rank 0 alone, and ends the launcher with 2, too."""
+    try:
+        with nullcontext() if is_first() else redirect_stderr(io.StringIO()):
+            return parse_args()
+    except SystemExit as end:
+        leave(int(end.code or 0))
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, before there are other ranks to think of.
 
     The launcher reads the code from a file: of any but 0 torchrun makes 1 and a page of its own traceback.
     """
-    is_main, code_file = os.environ.get("RANK", "0") == "0", os.environ.get("CLM_EXIT_CODE_FILE")
-    try:
-        with nullcontext() if is_main else redirect_stderr(io.StringIO()):
-            return parse_args()
-    except SystemExit as end:
-        if not (code_file and end.code):
-            raise
-        if is_main:
-            Path(code_file).write_text(str(end.code), encoding="ascii")
-        sys.exit(0)
+    code_file = os.environ.get("CLM_EXIT_CODE_FILE")
+    if code and code_file and is_first():
+        Path(code_file).write_text(str(code), encoding="ascii")
+    sys.exit(0 if code_file else code)
 
 
 def print_plan(args: TrainArgs) -> int:
@@ -67,7 +74,7 @@ def print_plan(args: TrainArgs) -> int:
     import planner
     import scaling
 
-    if int(os.environ.get("RANK", 0)):
+    if not is_first():
         return 0
     gpus = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
     world_size = gpus * args.nodes
@@ -127,7 +134,7 @@ def run(args: TrainArgs, process: Runtime) -> int:
     runtime.check_versions()
     runtime.settle_kernels(deterministic=args.deterministic)
     if args.export:
-        return export(args, Path(args.export))
+        return export(args, Path(args.export)) if process.is_main else runtime.EXIT_OK
     args = settle_resume(args)
     job, tokenizer = prepare(args, process)
     runtime.start_process_group(
@@ -140,7 +147,10 @@ def run(args: TrainArgs, process: Runtime) -> int:
         require_same_choice(job.args, process)
         folder = agree_on_folder(job.args, process)
         with locked(folder, process):
-            return guarded(args, job, recorder.Recorder(job, folder), tokenizer, pulse)
+            code = guarded(args, job, recorder.Recorder(job, folder), tokenizer, pulse)
+    if code == runtime.EXIT_OK and process.is_main:  # the other ranks need not wait for it
+        print_texts(job, folder, tokenizer)
+    return code
 
 
 def allocator_bytes(args: TrainArgs, world_size: int) -> float | None:
@@ -238,23 +248,28 @@ def export(args: TrainArgs, folder: Path) -> int:
 
     if not args.output_dir:
         raise ConfigError("--export: needs --output_dir, the folder to write")
-    if Path(args.output_dir).exists() and not args.overwrite_output_dir:
-        raise ConfigError(f"--output_dir {args.output_dir}: is there; choose another, or add --overwrite_output_dir")
-    if in_use := runtime.lock_problem(Path(args.output_dir)):
+    target = Path(args.output_dir)
+    if target.exists() and not args.overwrite_output_dir:
+        raise ConfigError(f"--output_dir {target}: is there; choose another, or add --overwrite_output_dir")
+    if in_use := runtime.lock_problem(target):
         raise ConfigError(in_use)
-    checkpoint.export_checkpoint(folder, Path(args.output_dir), args.export_dtype)
+    if target.exists() and not checkpoint.is_export(target):
+        raise ConfigError(f"--output_dir {target}: holds more than an exported model, which --export would remove")
+    checkpoint.export_checkpoint(folder, target, args.export_dtype)
     runtime.log.info(f"exported {folder} to {args.output_dir}")
     return runtime.EXIT_OK
 
 
 def needs_hub(args: TrainArgs) -> bool:
     """Return whether model, tokenizer or data are named by a hub id."""
-    own_model = args.model_size is not None and (args.from_scratch or args.model_size == "tiny")
-    local_model = own_model or Path(args.model_name_or_path).expanduser().is_dir()
-    if args.dataset == "synthetic":
-        return not local_model
-    local_tokenizer = Path(args.tokenizer_name or args.model_name_or_path).expanduser().is_dir()
-    return not (local_model and local_tokenizer and (args.train_file or args.validation_file))
+    has_random_weights = args.model_size is not None and (args.from_scratch or args.model_size == "tiny")
+    has_own_data = args.dataset == "synthetic" or args.train_file or (args.eval_only and args.validation_file)
+    is_tokenized = args.dataset != "synthetic" or args.tokenizer_name
+    return (
+        not (has_random_weights or Path(args.model_name_or_path).is_dir())
+        or not has_own_data
+        or bool(is_tokenized and not Path(args.tokenizer_name or args.model_name_or_path).is_dir())
+    )
 
 
 def output_problems(args: TrainArgs) -> list[str]:
@@ -280,6 +295,8 @@ def output_problems(args: TrainArgs) -> list[str]:
     wants_text = bool(args.prompt or args.num_samples)
     if wants_text and args.dataset == "synthetic" and not args.tokenizer_name:
         found.append("--prompt and --num_samples: need a tokenizer; give --tokenizer_name")
+    if wants_text and args.eval_only and (args.from_scratch or args.model_size == "tiny"):
+        found.append("--prompt and --num_samples: random weights have nothing to say; leave --eval_only away")
     if wants_text and not args.save_final and not args.eval_only:
         found.append("--no-save_final: --prompt and --num_samples generate from final/, so keep it")
     return found
@@ -415,8 +432,8 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
     stop = runtime.StopSignal()
     try:
         engine, interrupted = train(job, book, stop, tokenizer, pulse)
-        if not interrupted:
-            finish(job, engine, book.folder, tokenizer)
+        if not interrupted and not job.args.eval_only and job.args.save_final:
+            export_final(job, engine, book.folder / "final", tokenizer)
     except trainer.NonFiniteLoss as error:
         if job.process.is_main:
             runtime.log.error(f"error: {error}: try a lower --learning_rate")
@@ -427,6 +444,11 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
         advice = out_of_memory_advice(asked, job)
         head = f"error: out of GPU memory ({str(error).splitlines()[0]}). Try, in this order:"
         print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
+        raise
+    except Exception:
+        if job.process.is_main:
+            with suppress(runtime.RankFailure):  # a disk that is full is what ended it, perhaps
+                book.write("error", alone=True)
         raise
     result = book.write("interrupted" if interrupted else "ok")
     engine.close()
@@ -539,22 +561,26 @@ def loader_options(job: Job, *, is_training: bool) -> dict[str, Any]:
     }
 
 
-def finish(job: Job, engine: Engine, folder: Path, tokenizer: Any) -> None:
-    """Export the trained model, and print the texts that were asked for."""
+def export_final(job: Job, engine: Engine, folder: Path, tokenizer: Any) -> None:
+    """Write the trained model. A collective."""
     import checkpoint
     import runtime
 
-    args, weights = job.args, job.source.weights
-    if not args.eval_only and args.save_final:
-        checkpoint.export(engine, job.source, tokenizer, folder / "final")
-        weights = str(folder / "final")
-        dtype = checkpoint.export_dtype(args.export_dtype, trained_in=args.precision)
-        runtime.log.info(f"exported {weights}, {dtype} weights")
-    if not (args.prompt or args.num_samples) or not job.process.is_main:
+    checkpoint.export(engine, job.source, tokenizer, folder)
+    dtype = checkpoint.export_dtype(job.args.export_dtype, trained_in=job.args.precision)
+    runtime.log.info(f"exported {folder}, {dtype} weights")
+
+
+def print_texts(job: Job, folder: Path, tokenizer: Any) -> None:
+    """Print the texts that were asked for, by the model of a run's folder or the one that it evaluated."""
+    import checkpoint
+    import runtime
+
+    args = job.args
+    if not (args.prompt or args.num_samples):
         return
-    if weights is None:
-        raise ConfigError("--prompt and --num_samples: random weights have nothing to say; leave --eval_only away")
-    for text in checkpoint.generate(weights, tokenizer, args):
+    source = job.source if args.eval_only else replace(job.source, weights=str(folder / "final"))
+    for text in checkpoint.generate(source, tokenizer, args):
         runtime.log.info(f"generated: {text}")
 
 

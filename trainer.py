@@ -303,7 +303,7 @@ class _StepTotals:
 
 def evaluate(engine: Engine, batches: Iterable[Batch]) -> Evaluation:
     """Return the mean loss over every real target of the split, whatever the batch size and number of ranks."""
-    engine.settle()  # ranks may have differently many batches
+    engine.settle()
     totals = torch.zeros(2, dtype=torch.float64, device=engine.runtime.device)
     for batch in batches:
         totals[0] += engine.evaluate(batch).double()

@@ -74,6 +74,13 @@ def test_flags_reach_their_fields_with_their_types() -> None:
     assert (args.from_scratch, args.save_final, args.prompt) == (True, False, ("one", "two"))
 
 
+def test_a_home_folder_is_found_where_the_shell_leaves_it(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    args = parse_args(["--output_dir=~/run", "--train_file", "~/a.txt", "--model_name_or_path", "125m"])
+    assert (args.output_dir, args.train_file) == ("/home/somebody/run", "/home/somebody/a.txt")
+    assert (args.model_name_or_path, args.cache_dir) == ("125m", None)
+
+
 @pytest.mark.parametrize(
     "words",
     ["--plug gemini", "--plugin fsdp", "--from_scratch yes", "--tp two", "--block_size 1.5", "stray", "--zero_stage 3"],

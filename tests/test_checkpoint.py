@@ -7,18 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from args import ConfigError, TrainArgs, parse_args
-from checkpoint import FIXED_FLAGS, MANIFEST, find, load, resume_problems, step_folders, verify
+from checkpoint import FIXED_FLAGS, MANIFEST, find, generate, load, resume_problems, step_folders, verify
 from conftest import MINI, MODULE_PATH, ROOT
-from runtime import folder_lock, lock_problem
+from model import ModelSource
+from runtime import RankFailure, folder_lock, lock_problem
 from train_clm import export
 
 LENGTH = "--max_train_steps 4 --save_strategy steps --save_steps 2"
@@ -196,6 +201,55 @@ def test_the_model_of_a_checkpoint_is_written_by_one_command(whole, tmp_path):
     subprocess.run(list(map(str, command)), check=True, timeout=120)
     exported, final = (load_file(folder / "model.safetensors") for folder in (target, run.folder / "final"))
     assert exported.keys() == final.keys() and all(torch.equal(exported[name], final[name]) for name in final)
+
+
+def test_an_export_writes_over_an_export_and_over_nothing_else(whole, tmp_path):
+    source, target = checkpoint_of(whole["torch_ddp"], 4), tmp_path / "exported"
+    args = parse_args(["--export", str(source), "--output_dir", str(target), "--overwrite_output_dir"])
+    for _ in range(2):
+        export(args, source)
+    (target / "checkpoints").mkdir()
+    for folder in (target, whole["torch_ddp"].folder, source):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(ConfigError, match="holds more than an exported model"):
+            export(replace(args, output_dir=str(folder)), source)
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_only_one_of_many_ranks_exports(whole, tmp_path, run_training):
+    source, target = checkpoint_of(whole["torch_ddp"], 4), tmp_path / "exported"
+    run = run_training(tmp_path, "--export", source, "--output_dir", target, world=2)
+    assert run.code == 0 and run.output.count("exported ") == 1, run.output
+    assert (target / "model.safetensors").exists()
+
+
+def test_an_export_that_the_disk_does_not_take_leaves_nothing(whole, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("checkpoint.finish_folder", full)
+    source = checkpoint_of(whole["torch_ddp"], 4)
+    with pytest.raises(RankFailure, match="could not be written"):
+        export(parse_args(["--export", str(source), "--output_dir", str(tmp_path / "exported")]), source)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A model with 16 positions, and a tokenizer that, as GPT-2's, puts nothing before a text."""
+    words = Tokenizer(WordLevel({"<|endoftext|>": 0, **{word: number for number, word in enumerate("abcd", 1)}}, "a"))
+    words.pre_tokenizer = Whitespace()
+    config = GPT2Config(vocab_size=5, n_positions=16, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return ModelSource("gpt2", config, str(tmp_path)), tokenizer
+
+
+def test_texts_end_with_the_positions_and_begin_without_a_first_token(gpt2):
+    args = parse_args(["--num_samples", "2", "--prompt", "a b", "--prompt", "c " * 30, "--max_new_tokens", "50"])
+    texts = list(generate(gpt2[0], gpt2[1], args))
+    assert len(texts) == 4 and texts[0].startswith("a b")
+    assert all(len(text.split()) <= 16 for text in texts)
 
 
 @pytest.fixture

@@ -106,6 +106,26 @@ def test_weights_that_do_not_fill_the_model_are_refused(opt_folder):
         build_model(find_model(TrainArgs(model_name_or_path=str(opt_folder))), seed=1)
 
 
+def test_weights_that_cannot_be_read_are_one_clear_error(opt_folder):
+    (opt_folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="its weights cannot be read"):
+        build_model(find_model(TrainArgs(model_name_or_path=str(opt_folder))), seed=1)
+
+
+def test_the_weights_come_from_the_folder_for_downloads_too(opt_folder, tmp_path, monkeypatch):
+    source = find_model(TrainArgs(model_name_or_path=str(opt_folder), cache_dir=str(tmp_path / "cache")))
+    asked = {}
+
+    def from_pretrained(name: str, **options: object) -> None:
+        asked.update(options)
+        raise OSError("asked")
+
+    monkeypatch.setattr("model.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(ConfigError, match="asked"):
+        build_model(source, seed=1)
+    assert asked["cache_dir"] == str(tmp_path / "cache")
+
+
 def test_a_pretrained_start_at_chance_is_an_error(opt_folder):
     source = find_model(TrainArgs(model_name_or_path=str(opt_folder)))
     check_first_loss(4.0, source)

@@ -39,8 +39,14 @@ def test_a_config_error_prints_every_problem_once_and_no_traceback():
     assert done.stderr == "error: first\nerror: second\n" and done.stdout == ""
 
 
-def test_only_rank_0_prints_a_config_error():
-    assert exits("raise args.ConfigError('first')", RANK="1", WORLD_SIZE="2").stderr == ""
+def test_one_rank_of_a_machine_prints_a_config_error(tmp_path):
+    """It has handed its code to the launcher when the others come to look."""
+    code = tmp_path / "code"
+    code.write_text("2")
+    refused, ranks = "raise args.ConfigError('first')", {"WORLD_SIZE": "2", "CLM_EXIT_CODE_FILE": str(code)}
+    second = exits(refused, RANK="1", LOCAL_RANK="1", **ranks)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert exits(refused, RANK="1", LOCAL_RANK="0", **ranks).stderr == "error: first\n"  # of another machine
 
 
 def test_a_failure_names_its_rank_and_shows_where():

@@ -16,24 +16,23 @@ from strategy import PLUGIN_TABLE, Engine, resolve_compile, workload
 
 
 class EngineOfRank(Engine):
-    """An engine that is nothing but its data-parallel rank."""
+    """An engine that is nothing but one of two data-parallel ranks, and its pipeline stage."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    dp_rank, dp_size, stage = 0, 2, 0  # properties there
 
-    @property
-    def dp_rank(self) -> int:
-        return self.rank
+    def __init__(self, dp_rank: int, stage: int) -> None:
+        self.dp_rank, self.stage = dp_rank, stage
 
 
-def masks(rank: int) -> torch.Tensor:
-    EngineOfRank(rank).seed_dropout(42)
+def masks(dp_rank: int, stage: int = 0) -> torch.Tensor:
+    EngineOfRank(dp_rank, stage).seed_dropout(42)
     return nn.functional.dropout(torch.ones(64))
 
 
-def test_dropout_masks_differ_across_data_parallel_ranks_and_agree_within_one():
-    assert not torch.equal(masks(0), masks(1))
-    assert torch.equal(masks(1), masks(1))
+def test_dropout_masks_differ_across_data_parallel_ranks_and_stages_and_agree_within_one():
+    drawn = [masks(dp_rank, stage) for dp_rank in (0, 1) for stage in (0, 1, 2)]
+    assert len({tuple(mask.tolist()) for mask in drawn}) == 6
+    assert torch.equal(masks(1, stage=2), masks(1, stage=2))
 
 
 def test_every_plugin_of_the_command_line_has_a_row():

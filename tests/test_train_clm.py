@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from args import parse_args
 from conftest import MODULE_PATH, ROOT
 from data import Collator, SyntheticRows
+from train_clm import needs_hub, output_problems
 
 # The same 4 rows a step in every run: 2 for each of two ranks, 4 for one.
 STRATEGIES = {
@@ -113,7 +115,28 @@ def test_a_rank_that_fails_takes_the_others_along(train, tmp_path):
     started = time.perf_counter()
     run = train(world=2, PYTHONPATH=f"{tmp_path}:{MODULE_PATH}")
     assert run.code != 0 and "[rank 1]" in run.output and "planted" in run.output
+    assert run.result["status"] == "error"
     assert time.perf_counter() - started < 60
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_refused_alone_says_why_and_takes_the_other_along(rank, train, tmp_path):
+    """Torchrun would see a success, and the other rank would wait in the process group for half an hour."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif os.environ.get('RANK') == '{rank}':\n"
+        "    import args, runtime\n    args.problems = lambda *_, **__: ['planted']\n    runtime.ALONE_AFTER_S = 2\n"
+    )
+    started = time.perf_counter()
+    run = train(world=2, PYTHONPATH=f"{tmp_path}:{MODULE_PATH}")
+    assert run.code == 2 and run.output.count("error: planted") == 1, run.output
+    assert ("[rank 1] error" in run.output) == (rank == 1)
+    assert time.perf_counter() - started < 60
+
+
+def test_what_every_rank_is_refused_for_is_told_once(train):
+    run = train("--train_file", "nowhere.txt", "--dataset", "wikitext", world=2)
+    assert run.code == 2 and run.output.count("nowhere.txt: no such file") == 1, run.output
+    assert "Traceback" not in run.output
 
 
 BAD_INPUT = [
@@ -209,6 +232,38 @@ def test_an_evaluation_alone_says_nothing_of_training(tmp_path, run_many):
     assert run.code == 0 and run.result["eval"]["num_tokens"] == 4 * 31, run.output
     assert run.result["plan_check"] is None and "step " not in run.output
     assert "eval: loss" in run.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "needs"),
+    [
+        ("--model_name_or_path tiny --dataset synthetic", False),
+        ("--model_name_or_path tiny --dataset synthetic --tokenizer_name facebook/opt-125m", True),
+        ("--model_name_or_path 125m --dataset synthetic", True),
+        ("--model_name_or_path DIR --train_file a.txt", False),
+        ("--model_name_or_path DIR --validation_file a.txt", True),
+        ("--model_name_or_path DIR --validation_file a.txt --eval_only", False),
+        ("--model_name_or_path 125m --from_scratch --tokenizer_name DIR --train_file a.txt", False),
+        ("--model_name_or_path 125m --from_scratch --train_file a.txt", True),
+    ],
+)
+def test_the_hub_is_asked_for_where_something_is_named_by_it(flags, needs, tmp_path):
+    assert needs_hub(parse_args(flags.replace("DIR", str(tmp_path)).split())) == needs
+
+
+def test_random_weights_have_nothing_to_say_and_that_is_said_first(tmp_path):
+    flags = f"--model_name_or_path tiny --eval_only --prompt x --tokenizer_name {tmp_path}"
+    assert any("random weights" in problem for problem in output_problems(parse_args(flags.split())))
+
+
+def test_a_plan_that_cannot_be_gives_the_launcher_its_code(tmp_path):
+    environment = os.environ | {"RANK": "0", "CLM_EXIT_CODE_FILE": str(tmp_path / "code")}
+    flags = "--plan --gpus 4 --plugin hybrid_parallel --tp 3"
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_clm.py", *flags.split()], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--tp 3" in done.stderr
+    assert (tmp_path / "code").read_text() == "2"
 
 
 @pytest.mark.parametrize(("rank", "told", "code"), [("0", 2, "2"), ("1", 0, None)])
