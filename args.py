@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from opt_sizes import OPT_SHAPES, size_name
 
@@ -150,9 +152,20 @@ class TrainArgs:
         return self.dataset != "netflix"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the flags which an unknown one may stand for."""
+
+    def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions
+        for word in re.findall(r"--\w+", message.partition("unrecognized arguments: ")[2]):
+            near = [flag for flag in known if word[2:] in flag] or difflib.get_close_matches(word, known, n=1)
+            message += f"; for {word} did you mean {' or '.join(near)}?" if len(near) in (1, 2) else ""
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: one flag a field, defaults and help from the dataclass."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train_clm.py",
         usage="python train_clm.py [flags]; --help lists them",
         description="Train OPT, or any causal language model, with ColossalAI.",

@@ -283,7 +283,8 @@ def verify(folder: Path) -> Manifest:
 def resume_problems(manifest: Manifest, args: TrainArgs, world_size: int) -> list[str]:
     """Return what may not differ from the run that wrote the checkpoint, and does."""
     found = [
-        f"--{name} {getattr(args, name)}: the checkpoint's run had {manifest.args[name]}; it may not change on resume"
+        f"--{name} {getattr(args, name)}: the checkpoint's run had {manifest.args[name]}; it may not change on resume "
+        "(a new run may start from its final/)"
         for name in FIXED_FLAGS
         if _plain(getattr(args, name)) != _plain(manifest.args[name])
     ]

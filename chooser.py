@@ -378,7 +378,7 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"batch cut into {args.per_device_train_batch_size // rows} micro-batches of {rows}")
     kind = "the fastest predicted to fit" if args.plugin == "auto" else "as asked"
     if not chosen.plan.fits:
-        kind = "predicted NOT to fit; nothing smaller is left to choose"
+        kind = f"predicted NOT to fit {' or '.join(chosen.plan.lacking)}, as nothing else that was tried"
     return Choice(
         plugin=request.plugin,
         precision=request.precision,

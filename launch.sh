@@ -40,8 +40,8 @@ has_gpu() {
 }
 
 # Splits "[batch-size-per-gpu] [mem-cap-GB] [model] [gpu-num] [flags...]" into batch_size, mem_cap, model,
-# num_processes and the array flags. Without a GPU and without a positional argument it takes a rehearsal instead,
-# sized to end in about a minute on two CPU cores.
+# num_processes and the array flags. Without a GPU, a positional argument and a model among the flags it takes a rehearsal
+# instead, sized to end in about a minute on two CPU cores.
 parse_arguments() {
   local default_model=$1
   shift
@@ -51,7 +51,7 @@ parse_arguments() {
     shift
   done
   flags=("$@")
-  if [[ ${#given[@]} -eq 0 ]] && ! has_gpu; then
+  if [[ ${#given[@]} -eq 0 && " $*" != *" --model_name_or_path"* ]] && ! has_gpu; then
     rehearse
     return
   fi

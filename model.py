@@ -129,7 +129,10 @@ def _load_config(name: str, args: TrainArgs) -> PretrainedConfig:
     if looks_local and not folder.is_dir():
         raise ConfigError(f"--model_name_or_path {name}: no such folder, and not a size ({', '.join(OPT_SHAPES)})")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"--model_name_or_path {name}: has no config.json; give a Hugging Face model folder")
+        near = (
+            f"did you mean {folder / 'final'}?" if (folder / "final").is_dir() else "give a Hugging Face model folder"
+        )
+        raise ConfigError(f"--model_name_or_path {name}: has no config.json; {near}")
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, cache_dir=args.cache_dir)
     except (OSError, ValueError) as error:
@@ -142,6 +145,11 @@ def _load_config(name: str, args: TrainArgs) -> PretrainedConfig:
 
 def _weights(name: str) -> str:
     folder = Path(name)
+    if any(folder.glob("states-*.safetensors")):
+        raise ConfigError(
+            f"--model_name_or_path {name}: is a run's checkpoint; make a model of it first: "
+            f"python train_clm.py --export {name} --output_dir DIR"
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ConfigError(
             f"--model_name_or_path {name}: holds no *.safetensors or pytorch_model*.bin; add --from_scratch"

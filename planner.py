@@ -309,6 +309,15 @@ class Plan:
     fits: bool
 
     @property
+    def lacking(self) -> list[str]:
+        """Where more memory would be needed: `a device`, `the host`, both or, if it fits, neither."""
+        limits = (
+            ("a device", self.total_bytes, self.limit_bytes),
+            ("the host", self.host_bytes, self.host_limit_bytes),
+        )
+        return [name for name, used, limit in limits if limit and used > (1 - FIT_MARGIN) * limit]
+
+    @property
     def excess(self) -> float:
         """The largest share of a limit that is used; above 1 - FIT_MARGIN it does not fit."""
         pairs = ((self.total_bytes, self.limit_bytes), (self.host_bytes, self.host_limit_bytes))

@@ -189,10 +189,12 @@ class Recorder:
             memory=memory,
             output_dir=str(self.folder),
             resumed_from=job.resume.manifest.progress.step if job.resume else None,
-            plan_check=None if job.args.eval_only else _plan_check(job, memory),  # plans are of training
+            plan_check=_plan_check(job, memory) if self.losses else None,  # plans are of training
             startup=self.startup,
         )
-        if job.process.is_main or alone:
+        if job.resume and status == "ok" and not self.losses and (self.folder / "result.json").is_file():
+            log.info("nothing was left to train: result.json stays as the run before left it")
+        elif job.process.is_main or alone:
             with writing(self.folder / "result.json"):
                 result.write(self.folder / "result.json")
         if self.tracker:

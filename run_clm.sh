@@ -23,7 +23,7 @@ usage: bash run_clm.sh [batch-size-per-gpu=16] [mem-cap-GB=0] [model=6.7b] [gpu-
   gpu-num             processes on this machine, one a GPU; without a GPU, CPU processes
   flags               passed on and last, so yours win; all of them: python train_clm.py --help
 
-Without a GPU and without a positional argument it rehearses `tiny` for about a minute.
+Without a GPU, a positional argument and --model_name_or_path it rehearses `tiny` for about a minute.
 
 Environment:
   NNODES NODE_RANK MASTER_ADDR [MASTER_PORT=29500]   several machines: the same command on each, its own NODE_RANK

@@ -18,7 +18,7 @@ usage: bash run_clm_synthetic.sh [batch-size-per-gpu=16] [mem-cap-GB=0] [model=1
 run_clm.sh with --dataset synthetic --from_scratch: random tokens, random weights. Its -h explains the arguments,
 the environment variables and the exit codes.
 
-Without a GPU and without a positional argument it rehearses `tiny` for about a minute.
+Without a GPU, a positional argument and --model_name_or_path it rehearses `tiny` for about a minute.
 USAGE
 }
 

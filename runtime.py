@@ -99,6 +99,11 @@ def _in_use(folder: Path) -> str:
     )
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a GPU, or the host that rehearses for one, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where this process stands among the processes of the run."""
@@ -305,14 +310,14 @@ def run_to_exit(body: Callable[[Runtime], int]) -> None:
     except ConfigError as error:
         _tell_refusal(error, runtime)
         code = EXIT_CONFIG
-    except torch.OutOfMemoryError:
-        leave_now(EXIT_OOM)
     except KeyboardInterrupt:
         leave_now(128 + signal.SIGINT)
     except RankFailure as failure:
         print(f"error: [rank {runtime.rank}] {failure}", file=sys.stderr, flush=True)
         leave_now(EXIT_ERROR)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            leave_now(EXIT_OOM)
         if not _is_explained():
             print(f"[rank {runtime.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         leave_now(EXIT_ERROR, is_explained=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -210,7 +211,7 @@ def prepare(args: TrainArgs, process: Runtime) -> tuple[Job, Any]:
     try:
         return find_everything(args, process)
     except ConfigError as error:
-        if has_hub:
+        if has_hub or not any(re.search(r"\bhub\b|to be had", problem) for problem in error.problems):
             raise
         raise ConfigError(*error.problems, WITHOUT_HUB) from None
 
@@ -423,8 +424,6 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
     Args:
         asked: the flags as the user gave them, for advice.
     """
-    import torch
-
     import report
     import runtime
     import trainer
@@ -439,14 +438,14 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
             runtime.log.error(f"error: {error}: try a lower --learning_rate")
         book.write("nan")
         return runtime.EXIT_NAN
-    except torch.OutOfMemoryError as error:
-        book.write("oom", alone=True)
-        advice = out_of_memory_advice(asked, job)
-        head = f"error: out of GPU memory ({str(error).splitlines()[0]}). Try, in this order:"
-        print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
-        raise
-    except Exception:
-        if job.process.is_main:
+    except Exception as error:
+        if runtime.is_out_of_memory(error):
+            book.write("oom", alone=True)
+            advice = out_of_memory_advice(asked, job)
+            where = "memory" if job.process.on_cpu else "GPU memory"
+            head = f"error: out of {where} ({str(error).splitlines()[0]}). Try, in this order:"
+            print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
+        elif job.process.is_main:
             with suppress(runtime.RankFailure):  # a disk that is full is what ended it, perhaps
                 book.write("error", alone=True)
         raise

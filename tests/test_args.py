@@ -82,6 +82,21 @@ def test_a_home_folder_is_found_where_the_shell_leaves_it(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--learning_rte", "did you mean --learning_rate?"),
+        ("--batch_size", "did you mean --per_device_train_batch_size or --per_device_eval_batch_size?"),
+        ("--resume=last", "did you mean --resume_from_checkpoint?"),
+        ("--xyzzy", "unrecognized arguments: --xyzzy\n"),
+    ],
+)
+def test_an_unknown_flag_is_told_what_it_may_stand_for(word: str, meant: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_args([word])
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "words",
     ["--plug gemini", "--plugin fsdp", "--from_scratch yes", "--tp two", "--block_size 1.5", "stray", "--zero_stage 3"],
 )

@@ -339,6 +339,15 @@ def test_a_pre_emption_signal_saves_a_checkpoint_between_two_steps(tmp_path):
     assert json.loads((folder / "result.json").read_text())["steps"] == step
 
 
+def test_a_run_that_has_ended_keeps_its_result(tmp_path, run_many):
+    flags = ["--save_strategy", "epoch"]
+    first = run_many(tmp_path, {"run": flags}, world=1)["run"].result
+    again = [*flags, "--resume_from_checkpoint", "last"]
+    run = run_many(tmp_path, {"run": again}, world=1)["run"]
+    assert run.code == 0 and "nothing was left to train" in run.output and "planned " not in run.output
+    assert run.result == first and len(run.losses) == 3
+
+
 def test_a_live_run_keeps_others_out_of_its_folder_and_a_kill_lets_them_in(tmp_path, run_many):
     common = f"--model_name_or_path {MINI} --from_scratch --dataset synthetic --block_size 32 --save_strategy steps"
     command = [sys.executable, str(ROOT / "train_clm.py"), *common.split(), "--save_steps", "2"]

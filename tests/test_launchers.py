@@ -277,6 +277,12 @@ def test_flags_alone_keep_the_rehearsal_and_win_over_it(launch: Launcher, script
     assert (done.value("--model_name_or_path"), done.value("--max_train_steps")) == ("tiny", "3")
 
 
+@pytest.mark.parametrize("flags", [("--model_name_or_path", "RUN/final"), ("--model_name_or_path=RUN/final",)])
+def test_who_names_a_model_gets_no_random_weights(launch: Launcher, flags: tuple[str, ...]) -> None:
+    done = launch("run_clm.sh", *flags)
+    assert "--from_scratch" not in done.flags and "rehearsing" not in done.stderr
+
+
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
 def test_hidden_gpus_are_no_gpus(launch: Launcher, with_gpu: Any, visible: str) -> None:
     done = launch("run_clm.sh", **with_gpu | {"CUDA_VISIBLE_DEVICES": visible})

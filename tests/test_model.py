@@ -154,6 +154,15 @@ def test_a_folder_without_weights_names_what_it_lacks(opt_folder):
         find_model(TrainArgs(model_name_or_path=str(opt_folder)))
 
 
+def test_a_run_and_its_checkpoints_are_no_models_and_say_where_one_is(opt_folder):
+    (opt_folder / "states-00-0000.safetensors").touch()
+    with pytest.raises(ConfigError, match=f"--export {opt_folder} --output_dir"):
+        find_model(TrainArgs(model_name_or_path=str(opt_folder)))
+    opt_folder.rename(opt_folder.with_name("final"))
+    with pytest.raises(ConfigError, match=f"did you mean {opt_folder.parent / 'final'}"):
+        find_model(TrainArgs(model_name_or_path=str(opt_folder.parent)))
+
+
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(real_data):
     source = tiny_source()
     source.config.vocab_size = 1000

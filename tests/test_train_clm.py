@@ -119,6 +119,18 @@ def test_a_rank_that_fails_takes_the_others_along(train, tmp_path):
     assert time.perf_counter() - started < 60
 
 
+def test_a_host_without_memory_ends_with_3_and_advice(train, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.nn.functional as f\nreal = f.cross_entropy\n"
+        "def full(*args, **options):\n"
+        "    raise RuntimeError('[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can\\'t allocate memory')\n"
+        "f.cross_entropy = full\n"
+    )
+    run = train(PYTHONPATH=f"{tmp_path}:{MODULE_PATH}")
+    assert run.code == 3 and run.result["status"] == "oom", run.output
+    assert "error: out of memory ([enforce fail" in run.output and "Try, in this order:\n  " in run.output
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_refused_alone_says_why_and_takes_the_other_along(rank, train, tmp_path):
     """Torchrun would see a success, and the other rank would wait in the process group for half an hour."""
