@@ -915,17 +915,14 @@ def loader(
     seed: int,
     pad_token_id: int,
     global_batch_size: int | None = None,
-    pad_to: int | None = None,
     num_workers: int = 0,
 ) -> DataLoader[Any]:
     """Return the batches of this rank; the plugin says which ranks share data. Set `loader.sampler.set_epoch`.
 
     Args:
-        batch_size: rows of one micro-batch.
-        pad_to: constant length for a pipeline; None: the longest row of a batch (packed rows: the block).
+        batch_size: rows of one micro-batch, padded to the longest of them; packed ones have one length.
     """
-    if rows.lengths is None and pad_to is None:
-        pad_to = rows.info.num_tokens // rows.info.num_rows
+    pad_to = rows.info.num_tokens // rows.info.num_rows if rows.lengths is None else None
     sampler = functools.partial(
         EpochSampler,
         seed=seed,

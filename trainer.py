@@ -6,10 +6,9 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -19,9 +18,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import data
 from args import TrainArgs
 from checkpoint import Progress
-from data import EpochSampler
 from model import IGNORED, count_targets
 from pace import SlowRanks, Stopwatch
 from runtime import StopSignal, log
@@ -65,10 +64,6 @@ class Evaluation:
 
     loss: float
     num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -143,10 +138,10 @@ class Trainer:
 
     def _train_epoch(self, batches: DataLoader[Any], schedule: Schedule, bar: tqdm) -> None:
         args, epoch = self.engine.args, self.progress.epoch
-        cast(EpochSampler, batches.sampler).set_epoch(epoch, start=self.progress.rows)
+        cast(data.EpochSampler, batches.sampler).set_epoch(epoch, start=self.progress.rows)
         self._clock = time.perf_counter()
         self._start_loading()
-        for micro_batches in _groups(batches, args.gradient_accumulation_steps):
+        for micro_batches in data.batches(batches, args.gradient_accumulation_steps):
             result = self.train_step(micro_batches)
             if result.step == 1:
                 self.hooks.at_first_loss(result.loss)
@@ -311,13 +306,6 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> Evaluation:
     dist.all_reduce(totals)
     loss_sum, num_targets = totals.tolist()
     return Evaluation(loss_sum / max(num_targets, 1), int(num_targets))
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yield lists of `size` batches, the last one of an epoch maybe shorter."""
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group
 
 
 class _SparedCollector:

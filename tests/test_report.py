@@ -283,6 +283,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
 
 def test_perplexity_is_the_exponential_of_the_loss() -> None:
     assert report.Eval.from_loss(3.32, num_tokens=1, protocol="").perplexity == pytest.approx(27.66, abs=0.01)
+    assert report.Eval.from_loss(1e9, num_tokens=1, protocol="").perplexity == math.inf
     assert math.isnan(report.Eval.from_loss(math.nan, num_tokens=1, protocol="").perplexity)
 
 

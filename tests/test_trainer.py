@@ -1,5 +1,4 @@
 import gc
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +6,8 @@ import pytest
 
 from args import TrainArgs
 from checkpoint import Progress
-from trainer import FIRST_STEPS, Evaluation, Hooks, Schedule, StepResult, Trainer, _groups, plan_schedule
+from data import batches
+from trainer import FIRST_STEPS, Hooks, Schedule, StepResult, Trainer, plan_schedule
 
 
 def test_epochs_decide_the_length_unless_steps_are_given():
@@ -18,12 +18,7 @@ def test_epochs_decide_the_length_unless_steps_are_given():
 
 
 def test_the_last_group_of_an_epoch_may_be_shorter():
-    assert list(_groups(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
-
-
-def test_perplexity_is_the_exponential_of_the_mean_loss():
-    assert Evaluation(math.log(50.0), 7).perplexity == pytest.approx(50.0)
-    assert Evaluation(1e9, 7).perplexity == math.inf
+    assert list(batches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 class Batches(list):
