@@ -108,7 +108,7 @@ class TrainArgs:
     save_final: bool = flag("output", True, "write final/, a Hugging Face folder with the trained model", negatable=True)
     export_dtype: str = flag("output", "auto", "type of the weights in final/ and in what --export writes; auto: 16 bits, the run's own type, bf16 after an fp32 run", choices=("auto", "bf16", "fp16", "fp32"))
     report_to: str = flag("output", "none", "also give the logged numbers to TensorBoard (in the output folder) or Weights & Biases; its package must be installed", choices=("none", "tensorboard", "wandb"))
-    plan: bool = flag("output", False, "only print the predicted memory of every plugin's main settings and what auto takes; touches no GPU; without one, --mem_cap says how much it has; with --output_dir also as plan.json")
+    plan: bool = flag("output", False, "only print what auto takes and, on one machine, the predicted memory of every plugin's main settings; touches no GPU; without one, --mem_cap says how much it has; with --output_dir also as plan.json")
     gpus: int | None = flag("output", None, "--plan: GPUs of a machine, though none is here; off: those of this run", type=int)
     nodes: int = flag("output", 1, "--plan: machines of --gpus each; with either, step time, tokens/s and MFU are predicted too", type=int)
     eval_only: bool = flag("output", False, "only print the perplexity of the model, train nothing")
