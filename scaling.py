@@ -406,4 +406,8 @@ def text_table(predictions: Sequence[Prediction]) -> str:
     rows = [list(HEAD), *map(cells, predictions)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines if predictions else ["nothing is predicted to fit with all or no layers recomputed and all states on the GPUs"])
+    return "\n".join(
+        lines
+        if predictions
+        else ["nothing is predicted to fit with all or no layers recomputed and all states on the GPUs"]
+    )
