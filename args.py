@@ -158,7 +158,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = self._option_string_actions
         for word in re.findall(r"--\w+", message.partition("unrecognized arguments: ")[2]):
-            near = [flag for flag in known if word[2:] in flag] or difflib.get_close_matches(word, known, n=1)
+            meant = {"--lr": "--learning_rate"}.get(word, word)
+            near = [flag for flag in known if meant[2:] in flag] or difflib.get_close_matches(meant, known, n=1)
             message += f"; for {word} did you mean {' or '.join(near)}?" if len(near) in (1, 2) else ""
         super().error(message)
 

@@ -86,6 +86,7 @@ def test_a_home_folder_is_found_where_the_shell_leaves_it(monkeypatch) -> None:
     [
         ("--learning_rte", "did you mean --learning_rate?"),
         ("--batch_size", "did you mean --per_device_train_batch_size or --per_device_eval_batch_size?"),
+        ("--lr", "did you mean --learning_rate?"),
         ("--resume=last", "did you mean --resume_from_checkpoint?"),
         ("--xyzzy", "unrecognized arguments: --xyzzy\n"),
     ],
