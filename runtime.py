@@ -353,10 +353,9 @@ def _comes_true(condition: Callable[[], bool], within_s: float) -> bool:
 
 def _fellow_ranks() -> list[psutil.Process]:
     """Return the other ranks of this machine that are alive: torchrun's other processes with this one's command."""
-    own = psutil.Process()
-    fellows = []
+    own, fellows = psutil.Process(), []
     for process in psutil.Process(os.getppid()).children():
-        with suppress(psutil.Error):
+        with suppress(psutil.NoSuchProcess):  # it ends meanwhile
             if process != own and process.status() != psutil.STATUS_ZOMBIE and process.cmdline() == own.cmdline():
                 fellows.append(process)
     return fellows

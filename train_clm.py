@@ -446,7 +446,7 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
             head = f"error: out of {where} ({str(error).splitlines()[0]}). Try, in this order:"
             print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
         elif job.process.is_main:
-            with suppress(runtime.RankFailure):  # a disk that is full is what ended it, perhaps
+            with suppress(Exception):  # the disk may be full, or the GPU gone: what ended the run is to be told
                 book.write("error", alone=True)
         raise
     result = book.write("interrupted" if interrupted else "ok")
