@@ -424,6 +424,8 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
     Args:
         asked: the flags as the user gave them, for advice.
     """
+    import torch
+
     import report
     import runtime
     import trainer
@@ -442,7 +444,7 @@ def guarded(asked: TrainArgs, job: Job, book: Recorder, tokenizer: Any, pulse: P
         if runtime.is_out_of_memory(error):
             book.write("oom", alone=True)
             advice = out_of_memory_advice(asked, job)
-            where = "memory" if job.process.on_cpu else "GPU memory"
+            where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
             head = f"error: out of {where} ({str(error).splitlines()[0]}). Try, in this order:"
             print("\n  ".join([head, *advice]), file=sys.stderr, flush=True)
         elif job.process.is_main:
