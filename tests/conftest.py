@@ -100,8 +100,14 @@ def run_training() -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def worker() -> Iterator[subprocess.Popen[str]]:
     """tests/worker.py, which has imported everything and forks ranks on order."""
-    # NVML counts the GPUs: CUDA's own answer would keep forked ranks from using them.
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": MODULE_PATH, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": MODULE_PATH,
+        # NVML counts the GPUs: CUDA's own answer would keep forked ranks from using them.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # Newer instructions sum products of 16-bit numbers in another order, and losses differ in the fifth digit.
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+    }
     command = [sys.executable, str(ROOT / "tests" / "worker.py")]
     with subprocess.Popen(
         command, env=os.environ | environment, stdin=subprocess.PIPE, text=True, start_new_session=True

@@ -59,7 +59,9 @@ def test_16_bit_plugins_start_from_the_same_fp32_weights(
         assert found.keys() - expected.keys() <= {"weight/lm_head.weight"}  # of the last of two stages
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-20, msg=f"{each}, {key}")
-        within = 2e-3 if each in ("tp", "pp") else 1e-6  # they sum products, or gradients, in parts rounded to 16 bits
+        within = {"tp": 2e-3, "pp": 2e-5}.get(
+            each, 1e-6
+        )  # they sum products, or gradients, in parts rounded to 16 bits
         assert runs[each].losses == pytest.approx(runs["zero"].losses, rel=within), each
 
 
