@@ -123,6 +123,11 @@ class TrainArgs:
         return size_name(self.model_name_or_path)
 
     @property
+    def random_weights(self) -> bool:
+        """Whether the weights are drawn, not loaded; `tiny` has none to load."""
+        return self.from_scratch or self.model_size == "tiny"
+
+    @property
     def model_slug(self) -> str:
         """A short name for folders and tables: `6.7b`, or the last part of a path."""
         return self.model_size or self.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]

@@ -475,17 +475,18 @@ def generate(source: ModelSource, tokenizer: Any, args: TrainArgs) -> Iterator[s
     """
     assert source.weights
     model = AutoModelForCausalLM.from_pretrained(source.weights, cache_dir=source.cache_dir, dtype=torch.float32).eval()
+    longest = max_positions(source.config)
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     torch.manual_seed(args.seed)
     for prompt in [*args.prompt, *[""] * args.num_samples]:
-        prompt_ids = (tokenizer(prompt)["input_ids"] or [first])[-(max_positions(source.config) - 1) :]
+        prompt_ids = (tokenizer(prompt)["input_ids"] or [first])[1 - longest :]
         inputs = torch.tensor([prompt_ids])
         ids = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             do_sample=True,
             top_p=0.95,
-            max_new_tokens=min(args.max_new_tokens, max_positions(source.config) - len(prompt_ids)),
+            max_new_tokens=min(args.max_new_tokens, longest - len(prompt_ids)),
             pad_token_id=tokenizer.pad_token_id,
         )
         yield tokenizer.decode(ids[0], skip_special_tokens=True).strip()

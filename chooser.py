@@ -9,7 +9,6 @@ from typing import Any
 
 from args import TrainArgs, microbatch_choices, model_chunks, problems
 from planner import (
-    FIT_MARGIN,
     GIB,
     ModelShape,
     Plan,
@@ -223,7 +222,7 @@ def _requests(
             step_in_backward=setting.step_in_backward,
             compiled=_compiled(named, on_cpu=gpu_gib is None),
             cuda_graphs="off" if args.eval_only else args.cuda_graphs,
-            random_weights=args.from_scratch or args.model_size == "tiny",
+            random_weights=args.random_weights,
             gpu_gib=gpu_gib,
             mem_cap_gb=args.mem_cap,
         )
@@ -378,7 +377,8 @@ def _choice(args: TrainArgs, chosen: _Candidate) -> Choice:
         what.append(f"batch cut into {args.per_device_train_batch_size // rows} micro-batches of {rows}")
     kind = "the fastest predicted to fit" if args.plugin == "auto" else "as asked"
     if not chosen.plan.fits:
-        kind = f"predicted NOT to fit {' or '.join(chosen.plan.lacking)}, as nothing else that was tried"
+        where = " or ".join(f"the {each}" for each in chosen.plan.exceeded)
+        kind = f"predicted NOT to fit {where}, as nothing else that was tried"
     return Choice(
         plugin=request.plugin,
         precision=request.precision,
@@ -493,13 +493,7 @@ def alternatives(
 
 
 def _why(choice: Choice) -> str:
-    plan = choice.plan
-    pairs = (("device", plan.total_bytes, plan.limit_bytes), ("host", plan.host_bytes, plan.host_limit_bytes))
-    over = [
-        f"{used / limit:.0%} of the {where}'s memory"
-        for where, used, limit in pairs
-        if limit and used > (1 - FIT_MARGIN) * limit
-    ]
+    over = [f"{share:.0%} of the {where}'s memory" for where, share in choice.plan.exceeded.items()]
     return " and ".join(over) or choice.step_time.describe()
 
 

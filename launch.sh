@@ -39,6 +39,11 @@ has_gpu() {
   fi
 }
 
+# True where one of the flags names the model, which a rehearsal would give random weights.
+names_model() {
+  [[ " $*" == *" --model_name_or_path"* ]]
+}
+
 # Splits "[batch-size-per-gpu] [mem-cap-GB] [model] [gpu-num] [flags...]" into batch_size, mem_cap, model,
 # num_processes and the array flags. Without a GPU, a positional argument and a model among the flags it takes a rehearsal
 # instead, sized to end in about a minute on two CPU cores.
@@ -51,7 +56,7 @@ parse_arguments() {
     shift
   done
   flags=("$@")
-  if [[ ${#given[@]} -eq 0 && " $*" != *" --model_name_or_path"* ]] && ! has_gpu; then
+  if [[ ${#given[@]} -eq 0 ]] && ! names_model "$@" && ! has_gpu; then
     rehearse
     return
   fi

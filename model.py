@@ -113,14 +113,13 @@ def find_model(args: TrainArgs) -> ModelSource:
             for the parallel layout.
     """
     size = args.model_size
-    random = args.from_scratch or size == "tiny"
-    if size and random:
+    if size and args.random_weights:
         return ModelSource(size, _trainable(opt_config(OPT_SHAPES[size]), args), None)
     if size and size not in PUBLISHED_SIZES:
         raise ConfigError(f"--model_name_or_path {size}: its weights are not public; add --from_scratch")
     name = f"facebook/opt-{size}" if size else args.model_name_or_path
     config = _trainable(_load_config(name, args), args)
-    return ModelSource(size or args.model_slug, config, None if random else _weights(name), args.cache_dir)
+    return ModelSource(size or args.model_slug, config, None if args.random_weights else _weights(name), args.cache_dir)
 
 
 def _load_config(name: str, args: TrainArgs) -> PretrainedConfig:

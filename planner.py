@@ -309,19 +309,23 @@ class Plan:
     fits: bool
 
     @property
-    def lacking(self) -> list[str]:
-        """Where more memory would be needed: `a device`, `the host`, both or, if it fits, neither."""
-        limits = (
-            ("a device", self.total_bytes, self.limit_bytes),
-            ("the host", self.host_bytes, self.host_limit_bytes),
+    def _limited(self) -> list[tuple[str, int, int]]:
+        """Each memory that has a limit: `device` or `host`, bytes used, bytes there."""
+        memories = (
+            ("device", self.total_bytes, self.limit_bytes),
+            ("host", self.host_bytes, self.host_limit_bytes),
         )
-        return [name for name, used, limit in limits if limit and used > (1 - FIT_MARGIN) * limit]
+        return [(where, used, limit) for where, used, limit in memories if limit]
+
+    @property
+    def exceeded(self) -> dict[str, float]:
+        """The used shares of the memories, `device` and `host`, that do not keep FIT_MARGIN; empty where it fits."""
+        return {where: used / limit for where, used, limit in self._limited if used > (1 - FIT_MARGIN) * limit}
 
     @property
     def excess(self) -> float:
         """The largest share of a limit that is used; above 1 - FIT_MARGIN it does not fit."""
-        pairs = ((self.total_bytes, self.limit_bytes), (self.host_bytes, self.host_limit_bytes))
-        return max((used / limit for used, limit in pairs if limit), default=0.0)
+        return max((used / limit for _, used, limit in self._limited), default=0.0)
 
     def describe(self) -> str:
         """Return one line: totals, limits, and every category that is not empty."""

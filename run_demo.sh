@@ -27,7 +27,7 @@ usage: [VARIABLE=value...] bash run_demo.sh [train_clm.py flags...]
   TOKENIZER     tokenizer folder or hub id (default: the model's own)
   SAMPLES=5     descriptions to print at the end
 
-Without a GPU and without MODEL it rehearses `tiny` for 2 epochs.
+Without a GPU, MODEL and --model_name_or_path it rehearses `tiny` for 2 epochs.
 The environment variables of run_clm.sh (its -h) hold too.
 USAGE
 }
@@ -35,7 +35,7 @@ USAGE
 help_if_asked "$@"
 [[ ${1:---} == --* ]] || die "run_demo.sh takes flags and environment variables, got '$1' (-h shows them)"
 
-if [[ -z ${MODEL:-} ]] && ! has_gpu; then
+if [[ -z ${MODEL:-} ]] && ! names_model "$@" && ! has_gpu; then
   MODEL=tiny
   : "${EPOCHS:=2}"
   echo "No GPU and no MODEL given: rehearsing with the 'tiny' model from random weights (-h shows the settings)." >&2

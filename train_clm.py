@@ -263,11 +263,11 @@ def export(args: TrainArgs, folder: Path) -> int:
 
 def needs_hub(args: TrainArgs) -> bool:
     """Return whether model, tokenizer or data are named by a hub id."""
-    has_random_weights = args.model_size is not None and (args.from_scratch or args.model_size == "tiny")
+    has_own_model = (args.model_size and args.random_weights) or Path(args.model_name_or_path).is_dir()
     has_own_data = args.dataset == "synthetic" or args.train_file or (args.eval_only and args.validation_file)
     is_tokenized = args.dataset != "synthetic" or args.tokenizer_name
     return (
-        not (has_random_weights or Path(args.model_name_or_path).is_dir())
+        not has_own_model
         or not has_own_data
         or bool(is_tokenized and not Path(args.tokenizer_name or args.model_name_or_path).is_dir())
     )
@@ -296,7 +296,7 @@ def output_problems(args: TrainArgs) -> list[str]:
     wants_text = bool(args.prompt or args.num_samples)
     if wants_text and args.dataset == "synthetic" and not args.tokenizer_name:
         found.append("--prompt and --num_samples: need a tokenizer; give --tokenizer_name")
-    if wants_text and args.eval_only and (args.from_scratch or args.model_size == "tiny"):
+    if wants_text and args.eval_only and args.random_weights:
         found.append("--prompt and --num_samples: random weights have nothing to say; leave --eval_only away")
     if wants_text and not args.save_final and not args.eval_only:
         found.append("--no-save_final: --prompt and --num_samples generate from final/, so keep it")

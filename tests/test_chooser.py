@@ -224,7 +224,7 @@ def test_what_auto_may_not_choose_is_never_chosen() -> None:
 def test_where_nothing_fits_the_smallest_is_taken_and_said_to_be_too_large() -> None:
     choice = choose("175b", gpu_gib=80)
     assert not choice.fits
-    assert "NOT to fit a device or the host," in choice.reason
+    assert "NOT to fit the device or the host," in choice.reason
     assert "\n" not in choice.reason
 
 

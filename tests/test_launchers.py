@@ -517,6 +517,11 @@ def test_the_demo_without_a_gpu_obeys_a_named_model(launch: Launcher) -> None:
     assert done.stderr == ""
 
 
+def test_the_demo_without_a_gpu_gives_a_model_of_the_flags_no_random_weights(launch: Launcher) -> None:
+    done = launch("run_demo.sh", "--model_name_or_path", "RUN/final")
+    assert "--from_scratch" not in done.flags and done.stderr == ""
+
+
 def test_the_demo_refuses_positions(launch: Launcher) -> None:
     done = launch("run_demo.sh", "16")
     assert (done.exit_code, done.argv) == (2, None)
